@@ -1,0 +1,57 @@
+// The table of loops that exist once per instruction set, and the choice among the tables.
+#pragma once
+
+#include "../kernels.h"
+
+namespace lnprune::cpu {
+
+// Rows of consecutive channels to reduce: element (row, channel, i) lies at
+// row * row_stride + channel * channel_stride + i. Strides are in elements.
+struct Chunk {
+  const void* elements;
+  int64_t rows;
+  int64_t row_stride;
+  int64_t channels;
+  int64_t channel_stride;
+  int64_t run;
+};
+
+// A part of a mask to write. Pointers are to the part's first element; null as in WriteItem.
+struct WritePart {
+  const void* mask;
+  const void* original;
+  void* new_mask;
+  void* weight;
+};
+
+// Channels whose run is shorter than this are reduced as columns of the flat matrix; longer ones
+// run by run.
+constexpr int64_t kShortestRun = 64;
+// Columns that one call takes at most: their accumulators and patterns stay in the L2 cache.
+constexpr int64_t kColumns = 8192;
+
+struct InstructionSet {
+  const char* name;
+  // One partial of 8 bytes per channel of the chunk.
+  void (*reduce[kElementTypes][kNormKinds])(const Chunk& chunk, double p, void* partials);
+  // norms[c] from partials[chunk][c], folded in the order of the chunks.
+  void (*finish[kElementTypes][kNormKinds])(const void* partials, int64_t chunks, int64_t stride,
+                                            int64_t channels, double p, double* norms);
+  // `length` elements of channels that share one keep flag.
+  void (*write_run[kElementTypes])(const WritePart& part, int64_t length, bool keep);
+  // Rows of `columns` elements at a distance of `row_stride`; column j belongs to keep[j / inner].
+  void (*write_columns[kElementTypes])(const WritePart& part, int64_t rows, int64_t row_stride,
+                                       int64_t columns, int64_t inner, const bool* keep);
+};
+
+extern const InstructionSet kBaseline;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LNPRUNE_X86_64_LEVELS 1
+extern const InstructionSet kX86_64_v3;
+extern const InstructionSet kX86_64_v4;
+#endif
+
+// The best table for this processor; LNPRUNE_INSTRUCTION_SET names a lesser one.
+const InstructionSet& instructions();
+
+}  // namespace lnprune::cpu

@@ -1,0 +1,180 @@
+// The loops of the rank step. Included once per instruction set, by loops.h.
+//
+// Within a chunk, element i of a channel's run goes to lane i % kLanes (runs), or has an
+// accumulator of its own (columns); rows follow one another. So the order of a channel's sum
+// depends on the shape alone.
+
+constexpr int64_t kLanes = 32;
+
+// The type that a norm's loop reads. Powers are computed in double: loops of one width vectorise
+// best.
+template <template <class> class Norm, class T>
+struct RealFor {
+  using Type = typename RealOf<T>::Type;
+};
+template <class T>
+struct RealFor<HalfIntegerPowerSum, T> {
+  using Type = double;
+};
+template <class T>
+struct RealFor<PowerSum, T> {
+  using Type = double;
+};
+
+// Lanes of `length` elements of one run, added to what the lanes hold.
+template <class Norm, class Real, class T>
+LNPRUNE_FUNCTION void reduce_run(const Norm norm, const T* elements, int64_t length,
+                                 typename Norm::Accumulator* lanes) {
+  alignas(64) Real buffer[kBlock];
+  typename Norm::Accumulator a[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) a[l] = lanes[l];
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t n = length - start < kBlock ? length - start : kBlock;
+    const auto x = widen(elements + start, n, buffer);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) a[l] = norm.map(a[l], x[i + l]);
+    }
+    for (int64_t l = 0; i + l < n; ++l) a[l] = norm.map(a[l], x[i + l]);
+  }
+  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = a[l];
+}
+
+template <class Norm, class Real, class T>
+void reduce_runs(const Norm norm, const Chunk& chunk, typename Norm::Partial* partials) {
+  // Lanes of this many channels fit the L1 cache, so that rows can be read in memory order.
+  constexpr int64_t kChannels = 32;
+  alignas(64) typename Norm::Accumulator lanes[kChannels][kLanes];
+  const T* elements = static_cast<const T*>(chunk.elements);
+  for (int64_t first = 0; first < chunk.channels; first += kChannels) {
+    const int64_t channels =
+        chunk.channels - first < kChannels ? chunk.channels - first : kChannels;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t l = 0; l < kLanes; ++l) lanes[c][l] = norm.identity();
+    }
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const T* row = elements + r * chunk.row_stride + first * chunk.channel_stride;
+      for (int64_t c = 0; c < channels; ++c) {
+        reduce_run<Norm, Real>(norm, row + c * chunk.channel_stride, chunk.run, lanes[c]);
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      typename Norm::Partial sum[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) sum[l] = norm.partial(lanes[c][l]);
+      for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+        for (int64_t l = 0; l < width; ++l) sum[l] = norm.combine(sum[l], sum[l + width]);
+      }
+      partials[first + c] = sum[0];
+    }
+  }
+}
+
+// accumulators[j] takes column j of kRows rows, top to bottom: loaded and stored once for all of
+// them.
+template <class Norm, class Real, int kRows, class T>
+LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t row_stride,
+                                   int64_t columns,
+                                   typename Norm::Accumulator* __restrict accumulators) {
+  // Short where rows go through the buffer: memory is to be read while the block before is summed.
+  constexpr int64_t kColumnBlock = sizeof(T) < sizeof(float) ? 64 : kBlock;
+  alignas(64) Real buffer[kRows][kColumnBlock];
+  for (int64_t start = 0; start < columns; start += kColumnBlock) {
+    const int64_t n = columns - start < kColumnBlock ? columns - start : kColumnBlock;
+    const T* at = elements + start;
+    typename Norm::Accumulator* __restrict a = accumulators + start;
+    const auto x0 = widen(at, n, buffer[0]);
+    if constexpr (kRows == 1) {
+      for (int64_t j = 0; j < n; ++j) a[j] = norm.map(a[j], x0[j]);
+    } else {
+      static_assert(kRows == 8, "a sweep takes one row or eight");
+      const auto x1 = widen(at + row_stride, n, buffer[1]);
+      const auto x2 = widen(at + 2 * row_stride, n, buffer[2]);
+      const auto x3 = widen(at + 3 * row_stride, n, buffer[3]);
+      const auto x4 = widen(at + 4 * row_stride, n, buffer[4]);
+      const auto x5 = widen(at + 5 * row_stride, n, buffer[5]);
+      const auto x6 = widen(at + 6 * row_stride, n, buffer[6]);
+      const auto x7 = widen(at + 7 * row_stride, n, buffer[7]);
+      for (int64_t j = 0; j < n; ++j) {
+        typename Norm::Accumulator sum = norm.map(norm.map(a[j], x0[j]), x1[j]);
+        sum = norm.map(norm.map(sum, x2[j]), x3[j]);
+        sum = norm.map(norm.map(sum, x4[j]), x5[j]);
+        a[j] = norm.map(norm.map(sum, x6[j]), x7[j]);
+      }
+    }
+  }
+}
+
+template <class Norm, class Real, class T>
+LNPRUNE_FUNCTION void reduce_columns_into(const Norm norm, const T* elements, int64_t rows,
+                                          int64_t row_stride, int64_t columns,
+                                          typename Norm::Accumulator* accumulators) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) {
+    reduce_sweep<Norm, Real, 8>(norm, elements + r * row_stride, row_stride, columns, accumulators);
+  }
+  for (; r < rows; ++r) {
+    reduce_sweep<Norm, Real, 1>(norm, elements + r * row_stride, row_stride, columns, accumulators);
+  }
+}
+
+template <class Norm, class Real, class T>
+void reduce_columns(const Norm norm, const Chunk& chunk, typename Norm::Partial* partials) {
+  // Narrow matrices without gaps are taken several rows at a time, side by side.
+  constexpr int64_t kWideEnough = 512;
+  const int64_t width = chunk.channels * chunk.run;
+  const int64_t side_by_side =
+      chunk.row_stride == width && width < kWideEnough ? kWideEnough / width : 1;
+  const int64_t columns = width * side_by_side;
+  alignas(64) typename Norm::Accumulator accumulators[kColumns];
+  for (int64_t j = 0; j < columns; ++j) accumulators[j] = norm.identity();
+  const T* elements = static_cast<const T*>(chunk.elements);
+  const int64_t sweeps = chunk.rows / side_by_side;
+  const int64_t left = chunk.rows % side_by_side;
+  const int64_t stride = chunk.row_stride * side_by_side;
+  reduce_columns_into<Norm, Real>(norm, elements, sweeps, stride, columns, accumulators);
+  if (left > 0) {
+    reduce_columns_into<Norm, Real>(norm, elements + sweeps * stride, 1, stride, left * width,
+                                    accumulators);
+  }
+  for (int64_t c = 0; c < chunk.channels; ++c) {
+    typename Norm::Partial sum = norm.partial(accumulators[c * chunk.run]);
+    for (int64_t g = 0; g < side_by_side; ++g) {
+      for (int64_t i = g == 0 ? 1 : 0; i < chunk.run; ++i) {
+        sum = norm.combine(sum, norm.partial(accumulators[g * width + c * chunk.run + i]));
+      }
+    }
+    partials[c] = sum;
+  }
+}
+
+template <template <class> class Norm, class T>
+void reduce(const Chunk& chunk, double p, void* partials) {
+  using Real = typename RealFor<Norm, T>::Type;
+  const Norm<Real> norm(p);
+  auto* typed = static_cast<typename Norm<Real>::Partial*>(partials);
+  if (chunk.run < kShortestRun) {
+    reduce_columns<Norm<Real>, Real, T>(norm, chunk, typed);
+  } else {
+    reduce_runs<Norm<Real>, Real, T>(norm, chunk, typed);
+  }
+}
+
+template <template <class> class Norm, class T>
+void finish(const void* partials, int64_t chunks, int64_t stride, int64_t channels, double p,
+            double* norms) {
+  using Real = typename RealFor<Norm, T>::Type;
+  const Norm<Real> norm(p);
+  using Partial = typename Norm<Real>::Partial;
+  const Partial* typed = static_cast<const Partial*>(partials);
+  constexpr int64_t kChannels = 256;
+  Partial sum[kChannels];
+  for (int64_t first = 0; first < channels; first += kChannels) {
+    const int64_t n = channels - first < kChannels ? channels - first : kChannels;
+    for (int64_t c = 0; c < n; ++c) sum[c] = typed[first + c];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const Partial* row = typed + chunk * stride + first;
+      for (int64_t c = 0; c < n; ++c) sum[c] = norm.combine(sum[c], row[c]);
+    }
+    for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.project(sum[c]);
+  }
+}

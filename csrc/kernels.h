@@ -1,0 +1,81 @@
+// The functions that each backend implements: raw pointers and sizes, no torch but its half types.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Float8_e4m3fnuz.h>
+#include <torch/headeronly/util/Float8_e5m2.h>
+#include <torch/headeronly/util/Float8_e5m2fnuz.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "lp_norm.h"
+#include "slices.h"
+
+namespace lnprune {
+
+enum class ElementType : int {
+  float64,
+  float32,
+  float16,
+  bfloat16,
+  float8_e4m3fn,
+  float8_e4m3fnuz,
+  float8_e5m2,
+  float8_e5m2fnuz
+};
+constexpr int kElementTypes = 8;
+
+// One tensor to rank: its elements, and room for one norm per channel.
+struct RankItem {
+  const void* elements;
+  ElementType type;
+  Slices slices;
+  double* norms;
+};
+
+// One ranking to cut: which channels stay. `mask_counts`, where not null, holds the number of
+// nonzero mask elements of each channel; channels with none take no part and are not kept.
+struct SelectItem {
+  const double* norms;
+  const double* mask_counts;
+  int64_t channels;
+  int64_t count;    // channels to prune; negative: use fraction
+  double fraction;  // share of the participating channels to prune
+  bool* keep;
+};
+
+// One mask to write, new_mask = mask * keep, and with it weight = new_mask * original. All tensors
+// of an item have the same dtype and memory order. A null mask stands for ones; a null weight is
+// not written.
+struct WriteItem {
+  const bool* keep;
+  const void* mask;
+  const void* original;
+  void* new_mask;
+  void* weight;
+  ElementType type;
+  Slices slices;
+};
+
+namespace cpu {
+
+// Runs body(context, begin, end) on disjoint ranges that cover [0, count), at least `grain` long.
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
+
+void rank(const RankItem* items, size_t count, NormOrder order, ParallelFor parallel_for);
+void select(const SelectItem* items, size_t count, ParallelFor parallel_for);
+void write(const WriteItem* items, size_t count, ParallelFor parallel_for);
+
+// Asks the system to back a large block with huge pages. Worth it before the first write, when one
+// fault per huge page replaces hundreds.
+void advise_huge_pages(void* block, size_t bytes);
+
+// The instruction set that the kernels run with.
+const char* instruction_set();
+
+}  // namespace cpu
+}  // namespace lnprune

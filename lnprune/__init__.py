@@ -1,0 +1,54 @@
+"""Structured Lp-norm pruning for PyTorch, at the cost of moving the bytes.
+
+``import lnprune as prune`` stands in for ``from torch.nn.utils import prune``: every public name of that
+module is here, with ``ln_structured`` and ``LnStructured`` native.
+"""
+
+from torch.nn.utils.prune import (
+    BasePruningMethod,
+    CustomFromMask,
+    Identity,
+    L1Unstructured,
+    PruningContainer,
+    RandomStructured,
+    RandomUnstructured,
+    custom_from_mask,
+    global_unstructured,
+    identity,
+    is_pruned,
+    l1_unstructured,
+    random_structured,
+    random_unstructured,
+    remove,
+)
+
+from lnprune import ops, reference
+from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
+from lnprune.reference import reference_ranking
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasePruningMethod",
+    "CustomFromMask",
+    "Identity",
+    "L1Unstructured",
+    "LnStructured",
+    "PruningContainer",
+    "RandomStructured",
+    "RandomUnstructured",
+    "channel_mask",
+    "channel_norms",
+    "custom_from_mask",
+    "global_unstructured",
+    "identity",
+    "is_pruned",
+    "l1_unstructured",
+    "ln_structured",
+    "ops",
+    "random_structured",
+    "random_unstructured",
+    "reference",
+    "reference_ranking",
+    "remove",
+]

@@ -1,0 +1,191 @@
+"""The native ops: loading the library, typed wrappers, and fake kernels beside them."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "build_info",
+    "channel_norms",
+    "is_native",
+    "prune_channels",
+    "select_channels",
+    "write_masks",
+]
+
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def _load() -> dict[str, str]:
+    try:
+        from lnprune import _C
+    except ImportError as error:
+        libraries = sorted(path.name for path in pathlib.Path(__file__).parent.glob("_C*.so"))
+        built = f"built: {', '.join(libraries)}" if libraries else "none has been built"
+        raise ImportError(
+            f"lnprune cannot load its native library ({built}; running: torch "
+            f"{torch.__version__}, needed: torch 2.11 or newer; the loader says: {error}). "
+            f"Build it for this torch and this Python, in the source folder: {_REBUILD}"
+        ) from error
+    return _C.build_info()
+
+
+_BUILD_INFO = _load()
+
+
+def build_info() -> dict[str, str]:
+    """What the native library was built with, and the instruction set that it runs with.
+
+    Example:
+        >>> import lnprune
+        >>> sorted(lnprune.ops.build_info())
+        ['compiler', 'instruction_set', 'torch']
+    """
+    return dict(_BUILD_INFO)
+
+
+_NATIVE_DTYPES = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+    }
+)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def is_native(tensor: Tensor) -> bool:
+    """Whether the native code takes this tensor; others go through :mod:`lnprune.reference`."""
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.is_cpu
+        and tensor.dtype in _NATIVE_DTYPES
+        and tensor.layout is torch.strided
+        and tensor.numel() > 0
+    )
+
+
+# No op has a derivative: autograd is passed by, so that inputs need no detaching.
+_library = torch.library.Library("lnprune", "IMPL")
+for _name in ("channel_norms", "select_channels", "write_masks", "prune_channels"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+# Looked up once: an attribute chain per call costs as much as the smallest kernel.
+_channel_norms = torch.ops.lnprune.channel_norms.default
+_select_channels = torch.ops.lnprune.select_channels.default
+_write_masks = torch.ops.lnprune.write_masks.default
+_prune_channels = torch.ops.lnprune.prune_channels.default
+
+
+def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
+    """The norms of order ``p`` of every slice along ``dims[i]`` of ``tensors[i]``.
+
+    Returns one float64 tensor of shape ``(channels,)`` per tensor. Not differentiable.
+    """
+    return _channel_norms(tensors, dims, p)
+
+
+@torch.library.register_fake("lnprune::channel_norms")
+def _(tensors: list[Tensor], dims: list[int], p: float) -> list[Tensor]:
+    return [
+        tensor.new_empty(tensor.shape[dim], dtype=torch.float64)
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+
+
+def select_channels(
+    norms: Sequence[Tensor],
+    mask_counts: Sequence[Tensor],
+    counts: Sequence[int],
+    fractions: Sequence[float],
+) -> list[Tensor]:
+    """Which channels stay when the ones that rank last are pruned.
+
+    Per tensor, ``counts[i]`` channels are pruned, or, where that is negative, the fraction
+    ``fractions[i]`` of those that take part, rounded half to even. ``mask_counts`` is empty, or
+    holds the norms of order 0 of the masks: channels with 0 take no part and do not stay.
+
+    Returns one bool tensor of shape ``(channels,)`` per tensor.
+    """
+    return _select_channels(norms, mask_counts, counts, fractions)
+
+
+@torch.library.register_fake("lnprune::select_channels")
+def _(
+    norms: list[Tensor], mask_counts: list[Tensor], counts: list[int], fractions: list[float]
+) -> list[Tensor]:
+    return [torch.empty_like(norm, dtype=torch.bool) for norm in norms]
+
+
+def write_masks(
+    keep: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    dims: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The masks that keep the flagged channels, and the masked originals.
+
+    ``masks`` is empty (ones), or holds the masks so far, of the shape and dtype of ``scores``:
+    then ``new_mask = mask * keep``, contiguous. Otherwise a mask has the memory format that
+    ``torch.zeros_like(score)`` has. ``originals`` is empty, and no weights are returned, or holds
+    tensors of the dtype and strides of the new masks: then ``weight = new_mask * original``.
+    """
+    return _write_masks(keep, scores, masks, originals, dims)
+
+
+def _fake_masks(
+    scores: list[Tensor], masks: list[Tensor], originals: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    new_masks = (
+        [torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in masks]
+        if masks
+        else [torch.empty_like(score) for score in scores]
+    )
+    return new_masks, [torch.empty_like(original) for original in originals]
+
+
+@torch.library.register_fake("lnprune::write_masks")
+def _(
+    keep: list[Tensor],
+    scores: list[Tensor],
+    masks: list[Tensor],
+    originals: list[Tensor],
+    dims: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    return _fake_masks(scores, masks, originals)
+
+
+def prune_channels(
+    scores: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    dims: Sequence[int],
+    p: float,
+    counts: Sequence[int],
+    fractions: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`channel_norms`, :func:`select_channels` and :func:`write_masks` in one call."""
+    return _prune_channels(scores, masks, originals, dims, p, counts, fractions)
+
+
+@torch.library.register_fake("lnprune::prune_channels")
+def _(
+    scores: list[Tensor],
+    masks: list[Tensor],
+    originals: list[Tensor],
+    dims: list[int],
+    p: float,
+    counts: list[int],
+    fractions: list[float],
+) -> tuple[list[Tensor], list[Tensor]]:
+    return _fake_masks(scores, masks, originals)

@@ -1,0 +1,113 @@
+"""The steps in plain torch: what they mean, the oracle of the tests, and the path for all other inputs.
+
+Those are complex, sparse, meta and fake tensors, tensor subclasses such as DTensor, empty tensors, and
+devices without native code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import prune as stock
+
+__all__ = [
+    "channel_norms",
+    "keep_channels",
+    "other_dims",
+    "reference_ranking",
+    "torch_keep_channels",
+    "write_mask",
+]
+
+
+def other_dims(tensor: Tensor, dim: int) -> list[int]:
+    """Every dim of ``tensor`` but ``dim``: those that a channel's slice spans."""
+    dims = list(range(tensor.dim()))
+    dims.remove(dims[dim])
+    return dims
+
+
+def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
+    """The rank step: the L\\ ``n`` norm of every slice along ``dim``, in float64.
+
+    Args:
+        tensor: at least two dims, any real floating-point or complex dtype.
+        n: any order that :func:`torch.norm` takes; ``'fro'`` is 2 for every shape.
+        dim: the dim of the channels.
+
+    Returns:
+        float64 norms of shape ``(tensor.shape[dim],)``.
+    """
+    if isinstance(n, str) and n == "fro":
+        n = 2.0
+    dims = other_dims(tensor, dim)
+    if tensor.is_complex():
+        return torch.norm(tensor.detach().to(torch.complex128), p=n, dim=dims)
+    if tensor.is_floating_point():
+        return torch.norm(tensor.detach().to(torch.float64), p=n, dim=dims)
+    return torch.norm(tensor.detach(), p=n, dim=dims)  # raises torch's error
+
+
+def keep_channels(norms: Tensor, pruned: int) -> Tensor:
+    """The select step: NaN first, then larger norms, then lower indices; the last are pruned.
+
+    Returns:
+        bool keep flags of shape ``(channels,)``.
+    """
+    ranking = torch.sort(norms, descending=True, stable=True).indices
+    keep = torch.ones_like(norms, dtype=torch.bool)
+    keep[ranking[norms.numel() - pruned :]] = False
+    return keep
+
+
+def write_mask(keep: Tensor, scores: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """The write step: ``mask * keep``, in the dtype and memory format of ``zeros_like(scores)``.
+
+    A ``mask`` of None stands for ones.
+    """
+    shape = [1] * scores.dim()
+    shape[dim] = -1
+    new_mask = torch.zeros_like(scores, requires_grad=False)
+    new_mask += keep.reshape(shape).to(new_mask.dtype)
+    if mask is not None:
+        new_mask *= mask.to(new_mask.dtype)
+    return new_mask
+
+
+def torch_keep_channels(scores: Tensor, n: Any, dim: int, pruned: int) -> Tensor:
+    """Torch's own choice, bit for bit: norms by :func:`torch.norm`, choice by :func:`torch.topk`."""
+    norms = stock._compute_norm(scores.detach(), n, dim)
+    keep = torch.zeros_like(norms, dtype=torch.bool)
+    keep[torch.topk(norms, k=norms.numel() - pruned, largest=True).indices] = True
+    return keep
+
+
+_reference_ranking = contextvars.ContextVar("lnprune.reference_ranking", default=False)
+ranks_like_torch = _reference_ranking.get
+
+
+@contextlib.contextmanager
+def reference_ranking() -> Iterator[None]:
+    """Inside, channels are ranked exactly as torch ranks them, rounding and ties included.
+
+    Norms come from :func:`torch.norm` in the weight's dtype and the choice from :func:`torch.topk`, on
+    the weight's device, so the state of a pruned module equals torch's bit for bit. Outside, norms are
+    float64 and ties go to the lower index. The mode belongs to the thread, or asyncio task, that enters it.
+
+    Example:
+        >>> import lnprune
+        >>> import torch
+        >>> module = torch.nn.Linear(8, 4)
+        >>> with lnprune.reference_ranking():
+        ...     _ = lnprune.ln_structured(module, "weight", amount=0.5, n=2, dim=0)
+    """
+    token = _reference_ranking.set(True)
+    try:
+        yield
+    finally:
+        _reference_ranking.reset(token)
