@@ -1,6 +1,7 @@
 """Builds lnprune._C, the native library. Everything else stands in pyproject.toml."""
 
 import os
+import shutil
 
 import pybind11
 from setuptools import setup
@@ -13,7 +14,6 @@ COMPILE_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     "-O3",
     "-Wall",
-    "-Wextra",
     "-fvisibility=hidden",
     # The same bits on every processor: no multiplication and addition become one.
     "-ffp-contract=off",
@@ -37,6 +37,13 @@ SOURCES = [
     "csrc/cpu/norms.cpp",
     "csrc/cpu/topk.cpp",
 ]
+
+COMPILER = os.environ.get("CXX", "c++")
+if shutil.which(COMPILER) is None:
+    raise SystemExit(
+        f"lnprune is built from C++ source and found no compiler: {COMPILER} is not on the PATH. "
+        "Install one that knows C++20 (Debian: apt-get install g++), or name one in CXX, and repeat."
+    )
 
 setup(
     ext_modules=[

@@ -198,31 +198,32 @@ struct SumOfSquares {
 template <class Real>
 struct Maximum {
   using Accumulator = typename Magnitude<Real>::Bits;
-  using Partial = Accumulator;
+  using Partial = uint64_t;
   LNPRUNE_FUNCTION explicit Maximum(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return 0; }
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const {
-    return combine(a, magnitude_bits(x));
+    const Accumulator b = magnitude_bits(x);
+    return a > b ? a : b;
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a > b ? a : b; }
   LNPRUNE_FUNCTION double project(Partial a) const {
-    return static_cast<double>(bit_cast<Real>(a));
+    return static_cast<double>(bit_cast<Real>(static_cast<Accumulator>(a)));
   }
 };
 
-// p = -inf: the smallest magnitude. Subtracting the bits above infinity wraps NaN to the bottom,
-// below zero, and infinity, the identity, to the top.
+// p = -inf: the smallest magnitude. Subtracting the bits above infinity wraps NaN to the bottom, below
+// zero, and infinity, the identity, to the top.
 template <class Real>
 struct Minimum {
   using Accumulator = typename Magnitude<Real>::Bits;
-  using Partial = Accumulator;
+  using Partial = uint64_t;
   static constexpr Accumulator kFirstNan = Magnitude<Real>::kInfinity + 1;
   LNPRUNE_FUNCTION explicit Minimum(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return Magnitude<Real>::kInfinity - kFirstNan; }
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const {
-    // The sign bit goes out before the subtraction, so that no NaN wraps past the top.
-    return combine(a, static_cast<Accumulator>(magnitude_bits(x) - kFirstNan));
+    const Accumulator b = magnitude_bits(x) - kFirstNan;
+    return a < b ? a : b;
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a < b ? a : b; }

@@ -91,6 +91,8 @@ def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> l
 
     Returns one float64 tensor of shape ``(channels,)`` per tensor. Not differentiable.
     """
+    if not tensors:  # the dispatcher finds no backend in an empty list
+        return []
     return _channel_norms(tensors, dims, p)
 
 
@@ -116,6 +118,8 @@ def select_channels(
 
     Returns one bool tensor of shape ``(channels,)`` per tensor.
     """
+    if not norms:  # the dispatcher finds no backend in an empty list
+        return []
     return _select_channels(norms, mask_counts, counts, fractions)
 
 
@@ -140,6 +144,8 @@ def write_masks(
     ``torch.zeros_like(score)`` has. ``originals`` is empty, and no weights are returned, or holds
     tensors of the dtype and strides of the new masks: then ``weight = new_mask * original``.
     """
+    if not scores:  # the dispatcher finds no backend in an empty list
+        return ([], [])
     return _write_masks(keep, scores, masks, originals, dims)
 
 
@@ -175,6 +181,8 @@ def prune_channels(
     fractions: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """:func:`channel_norms`, :func:`select_channels` and :func:`write_masks` in one call."""
+    if not scores:  # the dispatcher finds no backend in an empty list
+        return ([], [])
     return _prune_channels(scores, masks, originals, dims, p, counts, fractions)
 
 

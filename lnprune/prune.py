@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import operator
+import sys
 from typing import Any, Union
 
 import torch
@@ -30,7 +31,8 @@ def _native_order(n: Any) -> float | None:
             p = float(n)
         except OverflowError:
             return None
-        return None if p != p else p
+        # NaN, and orders so small that their inverse is not finite, are left to torch.
+        return p if p == 0 or abs(p) > sys.float_info.min else None
     if n is None or (isinstance(n, str) and n == "fro"):
         return 2.0
     if isinstance(n, str | complex):
@@ -78,9 +80,28 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride())
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    # empty_like keeps the strides of dense tensors, and of no others.
-    return tensor.is_contiguous() or tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+def _has_standard_strides(tensor: Tensor) -> bool:
+    """Whether the strides are those of a fresh contiguous tensor, in dims of size 1 too."""
+    if 1 not in tensor.shape:
+        return tensor.is_contiguous()
+    return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+
+
+def _contiguous(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask in a dtype, with the strides that a clone in contiguous format has."""
+    mask = mask.detach().to(dtype)
+    return mask if _has_standard_strides(mask) else mask.clone(memory_format=torch.contiguous_format)
+
+
+def _product_keeps_strides(original: Tensor) -> bool:
+    """Whether torch's ``mask * original``, of two tensors with these strides, has them as well."""
+    if _has_standard_strides(original):
+        return True
+    # empty_like keeps the strides of dense tensors, and of no others; a product recomputes those of
+    # dims of size 1.
+    return (
+        1 not in original.shape and original.stride() == torch.empty_like(original, device="meta").stride()
+    )
 
 
 def _fused_original(layout: Tensor, original: Tensor) -> list[Tensor]:
@@ -89,7 +110,7 @@ def _fused_original(layout: Tensor, original: Tensor) -> list[Tensor]:
         original.numel() * original.element_size() >= _FUSED_BYTES
         and ops.is_native(original)
         and _same_layout(layout, original)
-        and _is_dense(original)
+        and _product_keeps_strides(original)
     )
     return [original] if worth else []
 
@@ -98,14 +119,17 @@ def _first_mask(
     scores: Tensor, original: Tensor, amount: Amount, n: Any, dim: int
 ) -> tuple[Tensor, list[Tensor]]:
     """The mask of a first pruning, and the masked weight where the native code made it too."""
+    if not ops.is_native(scores) or not ops.is_native(original):
+        ones = torch.ones_like(original, requires_grad=False)
+        count = _pruned_count(scores, amount, dim)
+        if count == 0:
+            _check_order(scores, n, dim)
+            return ones, []
+        return reference.write_mask(_keep_flags(scores, n, dim, count), scores, ones, dim), []
     count = _pruned_count(scores, amount, dim)
     if count == 0:
         _check_order(scores, n, dim)
         return torch.ones_like(original, requires_grad=False), []
-    if not ops.is_native(scores) or not original.is_cpu:
-        keep = _keep_flags(scores, n, dim, count)
-        ones = torch.ones_like(original, requires_grad=False)
-        return reference.write_mask(keep, scores, ones, dim), []
     dim = operator.index(dim)
     originals = _fused_original(scores, original)
     p = None if reference.ranks_like_torch() else _native_order(n)
@@ -132,25 +156,21 @@ def _repeated_mask(
         or not ops.is_native(old_mask)
         or old_mask.shape != scores.shape
     ):
-        container = stock.PruningContainer()
-        container._tensor_name = method_name = "weight"
         method = LnStructured(amount, n, dim)
-        method._tensor_name = method_name
-        container.add_pruning_method(method)
+        method._tensor_name = ""  # the container asks only that its methods agree
+        container = stock.PruningContainer(method)
         default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)
         return container.compute_mask(scores, default_mask), []
 
-    mask = old_mask.detach().to(scores.dtype)
-    if type(amount) is float:
+    mask = _contiguous(old_mask, scores.dtype)
+    if type(amount) is float and amount == amount:
         count, fraction = -1, amount
     else:
         counts = ops.channel_norms([mask], [dim], 0.0)[0]
         alive = int(torch.count_nonzero(counts))
         count, fraction = stock._compute_nparams_toprune(amount, alive), 0.0
         stock._validate_pruning_amount(count, alive)
-    originals = _fused_original(original, original) if original.is_contiguous() else []
-    if originals and mask.dtype != original.dtype:
-        originals = []
+    originals = _fused_original(mask, original)
     masks, weights = ops.prune_channels([scores], [mask], originals, [dim], p, [int(count)], [fraction])
     return masks[0], weights
 
@@ -219,27 +239,24 @@ class _Snapshot:
             hook._pruning_methods = pruning_methods
 
 
-def _take_over_hook(module: nn.Module, name: str, method: stock.BasePruningMethod) -> Any:
-    """Removes the parameter's pruning hook, if any, and returns the one that replaces it."""
+def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None:
+    """Removes the parameter's pruning hook, if any, and returns it."""
     if not module._forward_pre_hooks:
-        return method
+        return None
     found = [
         (key, hook)
         for key, hook in module._forward_pre_hooks.items()
         if isinstance(hook, stock.BasePruningMethod) and hook._tensor_name == name
     ]
-    if not found:
-        return method
     if len(found) > 1:
         raise AssertionError(
             f"Avoid adding multiple pruning hooks to the "
             f"same tensor {name} of module {module}. Use a PruningContainer."
         )
-    ((key, old),) = found
-    del module._forward_pre_hooks[key]
-    container = old if isinstance(old, stock.PruningContainer) else stock.PruningContainer(old)
-    container.add_pruning_method(method)
-    return container
+    for key, hook in found:
+        del module._forward_pre_hooks[key]
+        return hook
+    return None
 
 
 def _install(
@@ -253,9 +270,13 @@ def _install(
     """``BasePruningMethod.apply`` for Ln norms, in its order of steps, so in its order of errors."""
     snapshot = _Snapshot(module)
     try:
+        old = _detach_hook(module, name)
         new = stock.LnStructured(amount, n, dim)
         new._tensor_name = name
-        method = _take_over_hook(module, name, new)
+        method: Any = new
+        if old is not None:
+            method = old if isinstance(old, stock.PruningContainer) else stock.PruningContainer(old)
+            method.add_pruning_method(new)
         current = module._parameters.get(name)
         if current is None:
             current = getattr(module, name)
@@ -265,15 +286,19 @@ def _install(
                 f"importance_scores should have the same shape as parameter "
                 f"{name} of {module}, got {scores.shape} vs {current.shape}"
             )
-        if method is new:
+        if old is None:
             original = current
             module.register_parameter(name + "_orig", original)
             del module._parameters[name]
             mask, products = _first_mask(scores, original, amount, n, dim)
         else:
-            original = getattr(module, name + "_orig")
             old_mask = getattr(module, name + "_mask")
-            mask, products = _repeated_mask(scores, old_mask, original, amount, n, dim)
+            original = getattr(module, name + "_orig")
+            if type(method) is stock.PruningContainer:
+                mask, products = _repeated_mask(scores, old_mask, original, amount, n, dim)
+            else:  # a user's container combines masks its own way
+                default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)
+                mask, products = method.compute_mask(scores, default_mask=default_mask), []
         module.register_buffer(name + "_mask", mask)
         setattr(module, name, _masked(mask, original, products))
         module.register_forward_pre_hook(method)
@@ -389,10 +414,10 @@ class LnStructured(stock.LnStructured):
         if (
             ops.is_native(t)
             and ops.is_native(default_mask)
-            and t.is_contiguous()
+            and _has_standard_strides(t)
             and default_mask.shape == t.shape
         ):
-            mask = default_mask.detach().to(t.dtype)
+            mask = _contiguous(default_mask, t.dtype)
             return ops.write_masks([keep], [t], [mask], [], [operator.index(self.dim)])[0][0]
         return reference.write_mask(keep, t, default_mask, self.dim)
 
@@ -418,7 +443,9 @@ class LnStructured(stock.LnStructured):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is LnStructured:
-            return copyreg.__newobj__, (stock.LnStructured,), self.__dict__  # type: ignore[attr-defined]
+            # Unpickled by the standard library and torch alone.
+            rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
+            return rebuild, (stock.LnStructured, object, None), self.__dict__
         return super().__reduce_ex__(protocol)
 
 

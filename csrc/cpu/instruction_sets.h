@@ -45,7 +45,8 @@ struct InstructionSet {
 };
 
 extern const InstructionSet kBaseline;
-#if defined(__x86_64__) && defined(__GNUC__)
+// Clang has no #pragma GCC target: there the baseline is what its flags make it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LNPRUNE_X86_64_LEVELS 1
 extern const InstructionSet kX86_64_v3;
 extern const InstructionSet kX86_64_v4;

@@ -151,6 +151,7 @@ template <template <class> class Norm, class T>
 void reduce(const Chunk& chunk, double p, void* partials) {
   using Real = typename RealFor<Norm, T>::Type;
   const Norm<Real> norm(p);
+  static_assert(sizeof(typename Norm<Real>::Partial) == 8, "partials lie 8 bytes apart");
   auto* typed = static_cast<typename Norm<Real>::Partial*>(partials);
   if (chunk.run < kShortestRun) {
     reduce_columns<Norm<Real>, Real, T>(norm, chunk, typed);

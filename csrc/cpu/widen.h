@@ -31,7 +31,7 @@ LNPRUNE_FUNCTION const float* widen(const c10::Half* x, int64_t n, float* buffer
 #if LNPRUNE_X86_64_LEVEL >= 4
   for (; i + 16 <= n; i += 16) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
-    _mm512_storeu_ps(buffer + i, _mm512_cvtph_ps(halves));
+    _mm512_storeu_ps(buffer + i, _mm512_maskz_cvtph_ps(0xffff, halves));
   }
 #elif LNPRUNE_X86_64_LEVEL >= 3
   for (; i + 8 <= n; i += 8) {

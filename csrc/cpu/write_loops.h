@@ -10,78 +10,121 @@ LNPRUNE_FUNCTION T product(T mask, T x) {
 LNPRUNE_FUNCTION float product(float mask, float x) { return mask * x; }
 LNPRUNE_FUNCTION double product(double mask, double x) { return mask * x; }
 
-// Products of one or zero with x, on the bits: all integer, so that the loop vectorises; for the
-// types of 16 bits.
+// Elements that are written as one block, so that its checks are few.
 template <class T>
-struct Bits16 {
-  static constexpr bool kExist = false;
+constexpr int64_t kWriteBlock = 8192 / sizeof(T);
+
+// Flag<T>::times(flag, x) is product(flag, x) for a flag of one or zero, on the bits where that is
+// faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
+template <class T>
+struct Flag {
+  using Bits = T;
+  static constexpr bool kOnBits = false;
+  LNPRUNE_FUNCTION static T times(T flag, T x) { return flag * x; }
+};
+
+template <uint16_t kInfinity, uint16_t kOneBits, uint16_t kQuiet>
+struct Flag16 {
+  using Bits = uint16_t;
+  static constexpr bool kOnBits = true;
+  static constexpr Bits kOne = kOneBits;
+  LNPRUNE_FUNCTION static Bits times(Bits flag, Bits x) {
+    const Bits magnitude = x & 0x7fff;
+    const Bits kept = flag != 0 ? 0xffff : 0;
+    // 0 * infinity and NaN alike: a quiet NaN. 1 * infinity stays.
+    const Bits limit = kInfinity + (kept & 1);
+    const Bits finite = x & (kept | 0x8000);
+    const Bits special = x | kQuiet;
+    return magnitude < limit ? finite : special;
+  }
 };
 template <>
-struct Bits16<c10::Half> {
-  static constexpr bool kExist = true;
-  static constexpr uint16_t kInfinity = 0x7c00, kOne = 0x3c00, kQuiet = 0x0200;
-};
+struct Flag<c10::Half> : Flag16<0x7c00, 0x3c00, 0x0200> {};
 template <>
-struct Bits16<c10::BFloat16> {
-  static constexpr bool kExist = true;
-  static constexpr uint16_t kInfinity = 0x7f80, kOne = 0x3f80, kQuiet = 0x0040;
+struct Flag<c10::BFloat16> : Flag16<0x7f80, 0x3f80, 0x0040> {};
+
+template <class Float8>
+struct ProductTable {
+  uint8_t times_zero[256];
+  uint8_t times_one[256];
+  ProductTable() {
+    for (int bits = 0; bits < 256; ++bits) {
+      const Float8 x(static_cast<uint8_t>(bits), Float8::from_bits());
+      times_zero[bits] = product(Float8(0.0f), x).x;
+      times_one[bits] = product(Float8(1.0f), x).x;
+    }
+  }
 };
 
 template <class T>
-LNPRUNE_FUNCTION uint16_t fast_product(uint16_t mask, uint16_t x) {
-  const uint16_t magnitude = x & 0x7fff;
-  const uint16_t finite = mask != 0 ? x : static_cast<uint16_t>(x & 0x8000);
-  // 0 * infinity and NaN alike: a quiet NaN. 1 * infinity stays.
-  const uint16_t special = mask != 0 && magnitude == Bits16<T>::kInfinity
-                               ? x
-                               : static_cast<uint16_t>(x | Bits16<T>::kQuiet);
-  return magnitude < Bits16<T>::kInfinity ? finite : special;
+  requires(sizeof(T) == 1)
+struct Flag<T> {
+  using Bits = uint8_t;
+  static constexpr bool kOnBits = true;
+  inline static const ProductTable<T> kTable{};
+  inline static const Bits kOne = T(1.0f).x;
+  LNPRUNE_FUNCTION static Bits times(Bits flag, Bits x) {
+    return flag != 0 ? kTable.times_one[x] : kTable.times_zero[x];
+  }
+};
+
+// out[i] = flags[i] * x[i] for flags of ones and zeros.
+template <class T>
+LNPRUNE_FUNCTION void multiply_flags(const T* __restrict flags, const T* __restrict x,
+                                     T* __restrict out, int64_t n) {
+  using Bits = typename Flag<T>::Bits;
+  const Bits* __restrict flag_bits = reinterpret_cast<const Bits*>(flags);
+  const Bits* __restrict x_bits = reinterpret_cast<const Bits*>(x);
+  Bits* __restrict out_bits = reinterpret_cast<Bits*>(out);
+  for (int64_t i = 0; i < n; ++i) out_bits[i] = Flag<T>::times(flag_bits[i], x_bits[i]);
 }
 
-// out[i] = a[i] * b[i], at most kBlock of them.
+// out[i] = mask[i] * x[i]. Masks are mostly ones and zeros, but custom ones can hold anything.
 template <class T>
-LNPRUNE_FUNCTION void multiply(const T* a, const T* b, T* out, int64_t n) {
-  if constexpr (Bits16<T>::kExist) {
-    const uint16_t* mask = reinterpret_cast<const uint16_t*>(a);
-    const uint16_t* x = reinterpret_cast<const uint16_t*>(b);
-    uint16_t* y = reinterpret_cast<uint16_t*>(out);
-    uint16_t other = 0;
+LNPRUNE_FUNCTION void multiply(const T* __restrict mask, const T* __restrict x, T* __restrict out,
+                               int64_t n) {
+  if constexpr (Flag<T>::kOnBits) {
+    using Bits = typename Flag<T>::Bits;
+    const Bits* bits = reinterpret_cast<const Bits*>(mask);
+    const Bits one = Flag<T>::kOne;
+    Bits other = 0;
     for (int64_t i = 0; i < n; ++i) {
-      other |= mask[i] != 0 && mask[i] != Bits16<T>::kOne ? 1 : 0;
+      const Bits without_one = bits[i] == one ? Bits{0} : bits[i];
+      other |= without_one;
     }
     if (other == 0) {
-      for (int64_t i = 0; i < n; ++i) y[i] = fast_product<T>(mask[i], x[i]);
+      multiply_flags(mask, x, out, n);
       return;
     }
   }
-  for (int64_t i = 0; i < n; ++i) out[i] = product(a[i], b[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = product(mask[i], x[i]);
 }
 
 // One block: keep[i] is 1 or 0 as T. All pointers are to the block's first element.
 template <class T>
-LNPRUNE_FUNCTION void write_block(const T* keep, const T* mask, const T* original, T* new_mask,
-                                  T* weight, int64_t n) {
+LNPRUNE_FUNCTION void write_block(const T* __restrict keep, const T* mask, const T* original,
+                                  T* __restrict new_mask, T* weight, int64_t n) {
   if (mask == nullptr) {
     for (int64_t i = 0; i < n; ++i) new_mask[i] = keep[i];
-    if (weight != nullptr) multiply(keep, original, weight, n);
+    if (weight != nullptr) multiply_flags(keep, original, weight, n);
   } else {
-    multiply(keep, mask, new_mask, n);
+    multiply_flags(keep, mask, new_mask, n);
     if (weight != nullptr) multiply<T>(new_mask, original, weight, n);
   }
 }
 
 template <class T>
 void write_run(const WritePart& part, int64_t length, bool keep) {
-  alignas(64) T flags[kBlock];
+  alignas(64) T flags[kWriteBlock<T>];
   const T flag = static_cast<T>(keep ? 1.0f : 0.0f);
-  const int64_t filled = length < kBlock ? length : kBlock;
+  const int64_t filled = length < kWriteBlock<T> ? length : kWriteBlock<T>;
   for (int64_t i = 0; i < filled; ++i) flags[i] = flag;
   const T* mask = static_cast<const T*>(part.mask);
   const T* original = static_cast<const T*>(part.original);
   T* new_mask = static_cast<T*>(part.new_mask);
   T* weight = static_cast<T*>(part.weight);
-  for (int64_t start = 0; start < length; start += kBlock) {
-    const int64_t n = length - start < kBlock ? length - start : kBlock;
+  for (int64_t start = 0; start < length; start += kWriteBlock<T>) {
+    const int64_t n = length - start < kWriteBlock<T> ? length - start : kWriteBlock<T>;
     write_block(flags, mask ? mask + start : nullptr, weight ? original + start : nullptr,
                 new_mask + start, weight ? weight + start : nullptr, n);
   }
@@ -105,8 +148,8 @@ void write_columns(const WritePart& part, int64_t rows, int64_t row_stride, int6
   T* new_mask = static_cast<T*>(part.new_mask);
   T* weight = static_cast<T*>(part.weight);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t start = 0; start < columns; start += kBlock) {
-      const int64_t n = columns - start < kBlock ? columns - start : kBlock;
+    for (int64_t start = 0; start < columns; start += kWriteBlock<T>) {
+      const int64_t n = columns - start < kWriteBlock<T> ? columns - start : kWriteBlock<T>;
       const int64_t at = r * row_stride + start;
       write_block(flags + start, mask ? mask + at : nullptr, weight ? original + at : nullptr,
                   new_mask + at, weight ? weight + at : nullptr, n);

@@ -1,0 +1,135 @@
+"""What is timed: lnprune, its peers and the floors, each as a function of one tensor or module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as stock
+
+import lnprune
+from benchmarks.shapes import Case
+
+try:
+    import torch_pruning
+except ImportError:
+    torch_pruning = None
+
+AMOUNT = 0.5
+
+
+def random_weight(case: Case) -> Tensor:
+    return torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).to(case.dtype)
+
+
+def bare_module(weight: Tensor) -> nn.Module:
+    """A module whose one parameter shares the memory of ``weight``, which pruning does not change."""
+    module = nn.Module()
+    module.weight = nn.Parameter(weight)
+    return module
+
+
+def fresh_copy(module: nn.Module) -> nn.Module:
+    """A module of its own with the same tensors and hooks, at no cost per byte."""
+    copy = nn.Module.__new__(nn.Module)
+    copy.__dict__ = {
+        key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()
+    }
+    return copy
+
+
+def prune_with(call: Callable[..., Any], case: Case) -> Callable[[nn.Module], nn.Module]:
+    return lambda module: call(module, "weight", amount=AMOUNT, n=case.n, dim=case.dim)
+
+
+def floor(weight: Tensor) -> Callable[[Any], Any]:
+    """Reading the weight once, then writing a fresh mask and a fresh masked weight."""
+    return lambda _: (weight.sum(), torch.empty_like(weight).fill_(1), weight.clone())
+
+
+def torch_norm(weight: Tensor, case: Case) -> Tensor:
+    """The call that torch's pruning makes."""
+    return torch.norm(weight, p=case.n, dim=case.other_dims)
+
+
+def abs_pow_sum(weight: Tensor, case: Case) -> Tensor:
+    """Torch-Pruning's magnitude importance of one layer, before reduction and normalisation."""
+    rows = weight if case.dim == 0 else weight.transpose(0, 1)
+    return rows.flatten(1).abs().pow(case.n).sum(1)
+
+
+def torch_pruning_importance(weight: Tensor, case: Case) -> Callable[[Any], Tensor] | None:
+    """Torch-Pruning's own MagnitudeImportance on a group that holds one layer, or None."""
+    if torch_pruning is None:
+        return None
+    if len(case.shape) == 2:
+        layer: nn.Module = nn.Linear(case.shape[1], case.shape[0], bias=False, device="meta")
+        example = torch.zeros(1, case.shape[1])
+        pruning = (torch_pruning.prune_linear_out_channels, torch_pruning.prune_linear_in_channels)
+    else:
+        layer = nn.Conv2d(case.shape[1], case.shape[0], case.shape[2:], bias=False, device="meta")
+        example = torch.zeros(1, case.shape[1], *case.shape[2:])
+        pruning = (torch_pruning.prune_conv_out_channels, torch_pruning.prune_conv_in_channels)
+    layer.weight = nn.Parameter(weight)
+    graph = torch_pruning.DependencyGraph().build_dependency(nn.Sequential(layer), example_inputs=example)
+    group = graph.get_pruning_group(layer, pruning[case.dim], idxs=list(range(case.channels)))
+    importance = torch_pruning.importance.MagnitudeImportance(p=case.n, normalizer=None)
+    return lambda _: importance(group)
+
+
+def compiled_pruning(case: Case) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Torch's mask and masked weight as one function through ``torch.compile``."""
+    kept = case.channels - round(AMOUNT * case.channels)
+    shape = [1] * len(case.shape)
+    shape[case.dim] = -1
+
+    def mask_and_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+        norms = torch.norm(weight, p=case.n, dim=case.other_dims)
+        keep = torch.zeros_like(norms).index_fill(0, torch.topk(norms, k=kept).indices, 1)
+        mask = torch.ones_like(weight) * keep.reshape(shape)
+        return mask, mask * weight
+
+    return torch.compile(mask_and_weight, dynamic=False)
+
+
+PRUNERS = {"lnprune": lnprune.ln_structured, "torch": stock.ln_structured}
+
+
+def reference_norms(weight: Tensor, case: Case) -> Tensor:
+    """The norms as torch computes them in float64."""
+    return torch.norm(weight.double(), p=case.n, dim=case.other_dims)
+
+
+def norm_error(norms: Tensor, expected: Tensor) -> float:
+    """The largest relative difference; infinity where only one of the two is NaN."""
+    scale = expected.abs().clamp_min(torch.finfo(torch.float64).tiny)
+    difference = torch.where(norms == expected, 0.0, (norms - expected).abs() / scale)
+    return float(difference.nan_to_num(nan=math.inf).max())
+
+
+# Float64 sums of up to 1e6 terms in another order, and the powers of a generic order.
+LARGEST_NORM_ERROR = 1e-10
+
+
+def pruning_fault(module: nn.Module, norms: Tensor, case: Case, alive: Tensor) -> str | None:
+    """What is wrong with a pruned module, given float64 norms and the channels that were alive before."""
+    mask, original = module.weight_mask, module.weight_orig.detach()
+    keep = mask.amax(dim=case.other_dims) != 0
+    if not torch.equal(keep, mask.amin(dim=case.other_dims) == 1):
+        return "the mask is not constant along channels"
+    if bool((keep & ~alive).any()):
+        return "a pruned channel came back"
+    count = int(alive.sum())
+    if int(keep.sum()) != count - round(AMOUNT * count):
+        return f"{int(keep.sum())} of {count} channels kept"
+    pruned = alive & ~keep
+    if pruned.any() and keep.any():
+        least, most = float(norms[keep].min()), float(norms[pruned].max())
+        if least < most and not math.isclose(least, most, rel_tol=LARGEST_NORM_ERROR):
+            return f"kept a norm of {least}, pruned one of {most}"
+    if not torch.equal(module.weight.detach(), mask * original):
+        return "the weight is not mask * original"
+    return None

@@ -1,0 +1,54 @@
+"""The peak memory of one call, for a process of its own: ``python -m benchmarks.memory lnprune 0``."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import torch
+from torch import nn
+from torch.nn.utils import prune as stock
+
+import lnprune
+from benchmarks.shapes import MLP
+
+CALLS = {"lnprune": lnprune.ln_structured, "torch": stock.ln_structured}
+
+
+def _status(key: str) -> int:
+    """An entry of /proc/self/status, in bytes."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def _module(*shape: int) -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(*shape))
+    return module
+
+
+def _peak(name: str, dim: int) -> float:
+    """Bytes beyond what the process held before the call, in units of the weight."""
+    call = CALLS[name]
+    call(_module(1024, 1024), "weight", amount=0.5, n=2, dim=dim)  # threads and imports are in place
+    module = _module(*MLP)
+    weight_bytes = module.weight.numel() * module.weight.element_size()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    before = _status("VmRSS")
+    call(module, "weight", amount=0.5, n=2, dim=dim)
+    return (_status("VmHWM") - before) / weight_bytes
+
+
+def measure(name: str, dim: int) -> float:
+    """The peak of one call of ``name`` in a fresh process, in units of the weight."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, str(dim)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peak(sys.argv[1], int(sys.argv[2]))))

@@ -1,0 +1,112 @@
+"""The weights that the benchmarks time: real models' shapes, and the dtypes and orders to go with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+Shape = tuple[int, ...]
+
+# Every convolution of ResNet-50 and its classifier: (how many weights have the shape, the shape).
+RESNET50: list[tuple[int, Shape]] = [
+    (1, (64, 3, 7, 7)),
+    (1, (64, 64, 1, 1)),
+    (3, (64, 64, 3, 3)),
+    (4, (256, 64, 1, 1)),
+    (2, (64, 256, 1, 1)),
+    (1, (128, 256, 1, 1)),
+    (4, (128, 128, 3, 3)),
+    (4, (512, 128, 1, 1)),
+    (1, (512, 256, 1, 1)),
+    (3, (128, 512, 1, 1)),
+    (1, (256, 512, 1, 1)),
+    (6, (256, 256, 3, 3)),
+    (6, (1024, 256, 1, 1)),
+    (1, (1024, 512, 1, 1)),
+    (5, (256, 1024, 1, 1)),
+    (1, (512, 1024, 1, 1)),
+    (3, (512, 512, 3, 3)),
+    (3, (2048, 512, 1, 1)),
+    (1, (2048, 1024, 1, 1)),
+    (2, (512, 2048, 1, 1)),
+    (1, (1000, 2048)),
+]
+
+MINILM: list[Shape] = [(384, 384), (1536, 384), (384, 1536), (30522, 384)]
+
+TINY: Shape = (8, 8)
+MLP: Shape = (4096, 11008)
+VOCABULARY: Shape = (128256, 1024)
+
+# A convolution of each kind in ResNet-50: many small ones cost what these do.
+TIMED: list[Shape] = [
+    TINY,
+    (64, 3, 7, 7),
+    (256, 256, 3, 3),
+    (512, 512, 3, 3),
+    (2048, 1024, 1, 1),
+    (1000, 2048),
+    *MINILM,
+    MLP,
+    VOCABULARY,
+]
+TIMED_QUICK: list[Shape] = [TINY, (512, 512, 3, 3), (384, 384), (1536, 384), (30522, 384)]
+
+# From this many elements on, a single call of torch takes seconds: fewer dtypes and orders.
+HUGE = 100_000_000
+
+INF = math.inf
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+NAMED_ORDERS = [0, 1, 2, INF, -INF]
+GENERIC_ORDERS = [0.5, 2.5, 3]
+DIMS = [0, 1]
+
+
+class Case(NamedTuple):
+    """One weight and one way to rank it."""
+
+    shape: Shape
+    dtype: torch.dtype
+    dim: int
+    n: float
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.dim]
+
+    @property
+    def other_dims(self) -> list[int]:
+        return [dim for dim in range(len(self.shape)) if dim != self.dim]
+
+
+def cases(
+    shapes: list[Shape],
+    dtypes: list[torch.dtype],
+    orders: list[float],
+    huge_orders: tuple[float, ...] = (2, INF),
+) -> Iterator[Case]:
+    """The grid, ordered so that cases with the same weight follow each other."""
+    for shape in shapes:
+        huge = math.prod(shape) >= HUGE
+        for dtype in dtypes:
+            if huge and dtype not in (torch.float32, torch.bfloat16):
+                continue
+            for dim in DIMS:
+                for n in orders:
+                    if not huge or n in huge_orders:
+                        yield Case(shape, dtype, dim, n)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_name(shape: Shape) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,243 @@
+"""The dtypes, orders, shapes, layouts and devices that tests run over, and comparisons of bits."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import numpy
+import torch
+from torch import Tensor
+
+from lnprune import reference
+
+INFINITY = math.inf
+NAN = math.nan
+
+NATIVE_DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+]
+# The dtypes that hold infinity and negative zero.
+DTYPES_WITH_INFINITY = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e5m2,
+]
+# The smallest positive value of each dtype with denormals.
+SMALLEST_DENORMAL = {
+    torch.float64: 2.0**-1074,
+    torch.float32: 2.0**-149,
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-133,
+}
+
+NORMS = [0, 0.5, 1, 2, 2.5, 3, -1, 1.7, -2.3, INFINITY, -INFINITY]
+# Orders whose norm is one of the elements or a count: no rounding.
+EXACT_NORMS = {0, INFINITY, -INFINITY}
+# One order of each kind of loop.
+NORM_KINDS = [0, 1, 2, 3, 1.7, INFINITY, -INFINITY]
+# The largest relative error of a norm that sums, 90 units of float64's rounding: chunks keep the error of
+# a sum of a million terms at a few units, powers and roots add a few dozen at the most.
+TOLERANCE = 2e-14
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "lnprune::channel_norms", "CUDA"
+):
+    DEVICES.append("cuda")
+
+# Small shapes, each ranked along every dim. The names say what is special about them.
+SMALL_SHAPES = {
+    "matrix": (48, 40),
+    "convolution_3x3": (20, 12, 3, 3),
+    "convolution_3x3_few_channels": (70, 3, 3, 3),
+    "convolution_3d": (6, 5, 3, 2, 3),
+    "runs_of_63": (5, 63),
+    "runs_of_64": (5, 64),
+    "runs_of_65": (5, 65),
+    "rows_of_runs_of_65": (3, 4, 65),
+    "runs_beyond_a_block": (3, 1, 1029),
+    "groups_of_runs": (70, 96),
+    "channels_of_two_folds": (3, 300),
+    "rows_of_several_chunks": (1100, 5),
+    "rows_wider_than_side_by_side": (67, 515),
+    "one_row": (1, 50),
+    "one_column": (50, 1),
+    "one_element": (1, 1),
+    "dims_of_size_one": (1, 6, 1, 4, 1),
+}
+# Shapes that need many elements for the path that they take, with the dim that takes it.
+LARGE_SHAPES = {
+    "columns_of_two_strips": ((9, 8200), 1),
+    "small_runs_of_two_strips": ((3, 950, 3, 3), 1),
+    "most_rows_of_a_chunk": ((4100, 514), 1),
+    "narrow_matrix": ((300_000, 2), 1),
+    "narrow_matrix_of_most_rows": ((900_001, 1), 1),
+    "runs_of_several_chunks": ((2, 140_001), 0),
+    "rows_of_runs_of_several_chunks": ((2, 2, 65_600), 1),
+    "rows_of_runs_of_two_chunks": ((700, 4, 100), 1),
+    "runs_of_two_strips": ((1100, 65), 0),
+    "many_channels": ((30_000, 2), 0),
+    "one_channel": ((1, 70_001), 0),
+}
+
+
+def contiguous(values: Tensor) -> Tensor:
+    """The values as they are."""
+    return values
+
+
+def channels_last(values: Tensor) -> Tensor:
+    """Dim 1 innermost: ``torch.channels_last`` for four dims."""
+    return values.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def transposed(values: Tensor) -> Tensor:
+    """Dim 0 innermost: all dims in reverse order."""
+    order = list(reversed(range(values.dim())))
+    return values.permute(order).contiguous().permute(order)
+
+
+def expanded(values: Tensor) -> Tensor:
+    """The first index of the last dim, repeated with stride 0."""
+    return values[..., :1].expand(values.shape)
+
+
+def every_second(values: Tensor) -> Tensor:
+    """Gaps of NaN between the elements."""
+    room = poisoned((*values.shape[:-1], 2 * values.shape[-1]), values)[..., ::2]
+    return room.copy_(values)
+
+
+def rows_apart(values: Tensor) -> Tensor:
+    """Gaps of NaN between the rows of the last dim."""
+    room = poisoned((*values.shape[:-1], values.shape[-1] + 3), values)[..., : values.shape[-1]]
+    return room.copy_(values)
+
+
+def unaligned(values: Tensor) -> Tensor:
+    """Contiguous from the second element of the storage on, with NaN around."""
+    room = poisoned((values.numel() + 2,), values)[1:-1]
+    return room.view(values.shape).copy_(values)
+
+
+def odd_unit_strides(values: Tensor) -> Tensor:
+    """Contiguous, with strides of no meaning where the size is 1."""
+    strides = [
+        3 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True)
+    ]
+    return values.as_strided(values.shape, strides)
+
+
+def poisoned(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor of NaN."""
+    return torch.full(shape, NAN, device=like.device).to(like.dtype)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    function.__name__: function
+    for function in (
+        contiguous,
+        channels_last,
+        transposed,
+        expanded,
+        every_second,
+        rows_apart,
+        unaligned,
+        odd_unit_strides,
+    )
+}
+DENSE_LAYOUTS = ["contiguous", "channels_last", "transposed", "unaligned", "odd_unit_strides"]
+
+
+def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Random values of both signs from 1/32 to about 40: none is zero, in no dtype."""
+    values = (0.25 + torch.randn(shape).abs()) * 2.0 ** torch.randint(-3, 4, shape)
+    return (values * (torch.randint(0, 2, shape) * 2 - 1)).to(dtype).to(device)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The values as float64, which holds those of every native dtype exactly."""
+    return tensor.to(torch.float64)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of the elements as integers, in logical order."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.clone(memory_format=torch.contiguous_format).view(integer)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, case: object = "") -> None:
+    """Equal shape, dtype and bits, where any NaN equals any other."""
+    assert actual.shape == expected.shape, case
+    assert actual.dtype == expected.dtype, case
+    same = (bits(actual) == bits(expected)) | (wide(actual).isnan() & wide(expected).isnan())
+    assert same.all(), (case, (~same).nonzero()[:5].tolist(), actual[~same][:5], expected[~same][:5])
+
+
+def assert_norms_close(
+    actual: Tensor, expected: Tensor, n: float, case: object = "", tolerance: float = TOLERANCE
+) -> None:
+    """Float64 norms within the tolerance of what is expected, exact where no sum is rounded."""
+    assert actual.dtype == torch.float64, case
+    assert actual.shape == expected.shape, case
+    relative = 0.0 if n in EXACT_NORMS else tolerance
+    close = torch.isclose(actual, expected, rtol=relative, atol=0.0, equal_nan=True)
+    assert close.all(), (case, n, (~close).nonzero()[:5].tolist(), actual[~close][:5], expected[~close][:5])
+
+
+def brute_force_keep(norms: list[float], pruned: int) -> list[bool]:
+    """The choice by a stable sort in plain Python: NaN first, then larger, then the lower index."""
+    ranking = sorted(
+        range(len(norms)), key=lambda c: (0.0, 0.0) if norms[c] != norms[c] else (1.0, -norms[c])
+    )
+    kept = set(ranking[: len(norms) - pruned])
+    return [c in kept for c in range(len(norms))]
+
+
+def expected_write(
+    keep: Tensor, scores: Tensor, mask: Tensor | None, original: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """The mask and the masked original as torch multiplies them."""
+    shape = [1] * scores.dim()
+    shape[dim] = -1
+    flags = keep.reshape(shape).to(scores.dtype)
+    old = torch.ones_like(scores) if mask is None else mask
+    # Torch multiplies no float8 tensor by a single element, hence dense operands.
+    new_mask = old * torch.empty_like(old).copy_(flags)
+    return new_mask, None if original is None else new_mask * original
+
+
+def reference_norms(tensor: Tensor, n: float, dim: int) -> Tensor:
+    """The norms in float64 by torch. Its sums lose up to 1e-12 in long slices."""
+    return reference.channel_norms(tensor, n, dim)
+
+
+def exact_norms(tensor: Tensor, n: float, dim: int) -> Tensor:
+    """The norms from terms in float64 that are added in extended precision where numpy has it."""
+    if n in EXACT_NORMS:
+        return reference_norms(tensor, n, dim)
+    slices = wide(tensor.cpu()).movedim(dim, 0).reshape(tensor.shape[dim], -1).abs()
+    sums = slices.pow(n).numpy().sum(axis=1, dtype=numpy.longdouble)
+    return torch.from_numpy((sums ** (1 / numpy.longdouble(n))).astype(numpy.float64)).to(tensor.device)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

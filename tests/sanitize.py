@@ -1,0 +1,48 @@
+"""Builds the native code under AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests on it."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COPIED = ("csrc", "lnprune", "setup.py", "pyproject.toml", "README.md", "LICENSE", "tests")
+# The tests that run native code on every path; the others add nothing for a sanitizer to see.
+TESTS = ("test_norms.py", "test_selection.py", "test_write.py", "test_ops.py")
+
+
+def main() -> int:
+    """Exits with the status of the test run, or of the build."""
+    compiler = os.environ.get("CXX", "c++")
+    runtime = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        environment = os.environ | {
+            "LNPRUNE_SANITIZE": "1",
+            "PYTHONPATH": folder,
+            # Python and torch keep memory until the process ends; leaks are counted by the tests.
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=86",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        }
+        build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        status = subprocess.run(build, cwd=copy, env=environment, check=False).returncode
+        if status != 0:
+            return status
+        environment["LD_PRELOAD"] = runtime
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        paths = [str(copy / "tests" / name) for name in TESTS]
+        return subprocess.run([*tests, *paths], cwd=copy, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The rules of the source tree that no compiler checks."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+KERNELS = [path for path in NATIVE if path.name not in {"ops.cpp", "ops_cuda.cpp"}]
+
+
+def code_of(path: pathlib.Path) -> str:
+    """The file without its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+
+
+def relative(path: pathlib.Path) -> str:
+    """How a test names a file."""
+    return str(path.relative_to(ROOT))
+
+
+def test_the_sources_are_found():
+    assert {"csrc/lp_norm.h", "csrc/ops.cpp", "csrc/cpu/norms.cpp"} <= {relative(path) for path in NATIVE}
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=relative)
+def test_every_file_says_its_purpose_in_its_first_line(path):
+    assert re.match(r"// \S.{20,}", path.read_text())
+
+
+@pytest.mark.parametrize("path", [path for path in NATIVE if path.name != "lp_norm.h"], ids=relative)
+def test_the_mathematics_of_a_norm_stands_in_lp_norm_alone(path):
+    assert re.findall(r"\b(?:std::)?(?:sqrtf?|powf?|f?absf?|hypot|exp2?|log2?)\s*\(", code_of(path)) == []
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=relative)
+def test_kernels_know_nothing_of_torch_but_its_half_types(path):
+    headers = re.findall(r'#include\s+[<"]((?:torch|ATen|c10)/[^>"]+)[>"]', code_of(path))
+    assert [
+        h for h in headers if not re.fullmatch(r"torch/headeronly/util/(Half|BFloat16|Float8_\w+)\.h", h)
+    ] == []
+    assert "torch::" not in code_of(path)
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=relative)
+def test_no_unstable_torch_interface(path):
+    assert re.findall(r"<(?:ATen|c10)/[^>]+>|<torch/(?:extension|library|all)\.h>", code_of(path)) == []
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=relative)
+def test_one_definition_of_the_ranking_order(path):
+    defines = re.search(r"RankingKey\s+ranking_key\s*\(double", code_of(path)) is not None
+    assert defines == (path.name == "topk.h")
+
+
+def test_the_build_sets_no_flag_that_changes_results():
+    setup = (ROOT / "setup.py").read_text()
+    assert re.findall(r"-ffast-math|-Ofast|-march=native|-std=|use_fast_math", setup) == []
+    assert "-ffp-contract=off" in setup
+    assert len(setup.splitlines()) < 80

@@ -1,0 +1,228 @@
+"""The ops themselves: their registration, their fake kernels, their errors, many threads at once."""
+
+import concurrent.futures
+import math
+
+import cases
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lnprune import ops
+
+pytestmark = pytest.mark.parametrize("device", cases.DEVICES)
+
+NAMES = ["channel_norms", "select_channels", "write_masks", "prune_channels"]
+
+
+def sample(layout, dtype, device):
+    """Scores of the layout, an original for a first mask, an old mask, an original for a repeated one."""
+    scores = cases.LAYOUTS[layout](cases.random_values((6, 5, 3, 3), dtype, device))
+    original = torch.empty_like(scores).copy_(scores)
+    mask = cases.LAYOUTS[layout](torch.randint(0, 2, scores.shape).to(dtype).to(device))
+    return scores, original, mask, original.contiguous()
+
+
+def calls(layout, dtype, device):
+    """Arguments of every op: one tensor, and two with another shape beside it."""
+    scores, original, mask, repeated = sample(layout, dtype, device)
+    matrix = cases.random_values((4, 70), dtype, device)
+    pair, dims = [scores, matrix], [1, 0]
+    norms = ops.channel_norms(pair, dims, 2.0)
+    keeps = ops.select_channels(norms, [], [2, -1], [0.0, 0.5])
+    pair_masks, pair_repeated = [mask, torch.ones_like(matrix)], [repeated, matrix]
+    yield "channel_norms", ([scores], [-1], 2.0)
+    yield "channel_norms", (pair, dims, math.inf)
+    yield "select_channels", (norms, [], [2, -1], [0.0, 0.5])
+    yield "select_channels", (norms[:1], [torch.ones_like(norms[0])], [-1], [0.5])
+    yield "write_masks", (keeps, pair, [], [], dims)
+    yield "write_masks", (keeps, pair, [], [original, matrix], dims)
+    yield "write_masks", (keeps, pair, pair_masks, pair_repeated, dims)
+    yield "write_masks", (keeps[:1], [scores], [mask], [], dims[:1])
+    yield "prune_channels", ([scores], [], [original], [1], 2.0, [2], [0.0])
+    yield "prune_channels", (pair, pair_masks, pair_repeated, dims, 1.0, [-1, 1], [0.5, 0.0])
+    yield "prune_channels", (pair, [], [], dims, 3.0, [1, 1], [0.0, 0.0])
+
+
+def flat(result):
+    """All tensors of a result, in order."""
+    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
+
+
+# Torch's own checker multiplies its inputs, which torch cannot do with float8.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])
+def test_opcheck(layout, dtype, device):
+    seen = set()
+    for name, arguments in calls(layout, dtype, device):
+        operator = getattr(torch.ops.lnprune, name).default
+        checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if dtype == torch.float32 and layout != "contiguous" and name not in seen:
+            checks.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+        seen.add(name)
+    assert seen == set(NAMES)
+
+
+@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_fake_kernels_answer_what_the_real_ones_do(layout, dtype, device):
+    for name, arguments in calls(layout, dtype, device):
+        real = flat(getattr(ops, name)(*arguments))
+        with FakeTensorMode() as mode:
+            fake_arguments = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+            fake = flat(getattr(ops, name)(*fake_arguments))
+        assert len(fake) == len(real) > 0
+        for imagined, actual in zip(fake, real, strict=True):
+            assert imagined.shape == actual.shape, name
+            assert imagined.dtype == actual.dtype, name
+            assert imagined.stride() == actual.stride(), name
+            assert imagined.device == actual.device, name
+
+
+def test_meta_tensors(device):
+    scores = torch.empty(6, 5, 3, 3, device="meta")
+    (norms,) = ops.channel_norms([scores], [1], 2.0)
+    assert (norms.device.type, norms.shape, norms.dtype) == ("meta", (5,), torch.float64)
+    masks, weights = ops.prune_channels([scores], [], [scores], [1], 2.0, [1], [0.0])
+    assert masks[0].shape == weights[0].shape == scores.shape
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_no_op_has_a_gradient(layout, device):
+    for name, arguments in calls(layout, torch.float32, device):
+        leaves = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), arguments
+        )
+        for result in flat(getattr(ops, name)(*leaves)):
+            assert not result.requires_grad
+
+
+ONES = torch.ones(3, 4)
+NORM = torch.ones(3, dtype=torch.float64)
+KEEP = torch.ones(3, dtype=torch.bool)
+
+# Every check of the ops: the op, its arguments, what the message says.
+ERRORS = {
+    "integer": ("channel_norms", ([ONES.int()], [0], 2.0), "real floating-point dtype, got Int"),
+    "bool": ("channel_norms", ([ONES.bool()], [0], 2.0), "real floating-point dtype, got Bool"),
+    "complex": ("channel_norms", ([ONES.to(torch.complex64)], [0], 2.0), "dtype, got ComplexFloat"),
+    "dim_above": ("channel_norms", ([ONES], [2], 2.0), r"a dim in \[-2, 2\), got 2"),
+    "dim_below": ("channel_norms", ([ONES], [-3], 2.0), r"a dim in \[-2, 2\), got -3"),
+    "no_dims": ("channel_norms", ([torch.tensor(1.0)], [0], 2.0), r"a dim in \[0, 0\), got 0"),
+    "no_elements": ("channel_norms", ([torch.ones(3, 0)], [0], 2.0), "a tensor with elements, got none"),
+    "no_channels": ("channel_norms", ([torch.ones(0, 3)], [0], 2.0), "a tensor with elements, got none"),
+    "second_tensor": ("channel_norms", ([ONES, ONES], [0, 5], 2.0), "got 5"),
+    "more_dims": ("channel_norms", ([ONES], [0, 1], 2.0), "one dim per tensor, got 2 for 1"),
+    "fewer_dims": ("channel_norms", ([ONES, ONES], [0], 2.0), "one dim per tensor, got 1 for 2"),
+    "nan_order": ("channel_norms", ([ONES], [0], math.nan), "a real order, got NaN"),
+    "nan_order_pruning": (
+        "prune_channels",
+        ([ONES], [], [], [0], math.nan, [1], [0.0]),
+        "a real order, got NaN",
+    ),
+    "counts": ("select_channels", ([NORM], [], [1, 1], [0.0]), "got 2 and 1 for 1"),
+    "fractions": ("select_channels", ([NORM], [], [1], []), "got 1 and 0 for 1"),
+    "counts_pruning": ("prune_channels", ([ONES], [], [], [0], 2.0, [], [0.0]), "got 0 and 1 for 1"),
+    "fraction_above": ("select_channels", ([NORM], [], [-1], [1.5]), r"fractions in \[0, 1\], got 1.5"),
+    "fraction_below": ("select_channels", ([NORM], [], [-1], [-0.5]), r"fractions in \[0, 1\], got -0.5"),
+    "fraction_nan": ("select_channels", ([NORM], [], [-1], [math.nan]), r"fractions in \[0, 1\], got nan"),
+    "norms_dtype": ("select_channels", ([NORM.float()], [], [1], [0.0]), "got Float with 1"),
+    "norms_dims": ("select_channels", ([NORM.view(3, 1)], [], [1], [0.0]), "got Double with 2"),
+    "norms_gaps": ("select_channels", ([NORM.repeat(2)[::2]], [], [1], [0.0]), "contiguous float64 norms"),
+    "mask_counts": ("select_channels", ([NORM], [NORM, NORM], [1], [0.0]), "or one per tensor, got 2"),
+    "mask_counts_dtype": ("select_channels", ([NORM], [NORM.float()], [1], [0.0]), "got Float with 1"),
+    "mask_counts_length": ("select_channels", ([NORM], [NORM[:2]], [1], [0.0]), "each of 3 channels"),
+    "keep": ("write_masks", ([KEEP, KEEP], [ONES], [], [], [0]), "each of 1 tensors, got 2"),
+    "keep_dtype": ("write_masks", ([KEEP.byte()], [ONES], [], [], [0]), "3 contiguous bool.*got 3 of Byte"),
+    "keep_length": ("write_masks", ([KEEP], [ONES], [], [], [1]), "4 contiguous bool.*got 3 of Bool"),
+    "keep_dims": ("write_masks", ([KEEP.view(3, 1)], [ONES], [], [], [0]), "contiguous bool keep flags"),
+    "keep_gaps": (
+        "write_masks",
+        ([KEEP.repeat(2)[::2]], [ONES], [], [], [0]),
+        "contiguous bool keep flags",
+    ),
+    "masks": ("write_masks", ([KEEP], [ONES], [ONES, ONES], [], [0]), "no masks or one per tensor, got 2"),
+    "mask_shape": (
+        "write_masks",
+        ([KEEP], [ONES], [ONES[:, :3]], [], [0]),
+        "shape and dtype of the scores",
+    ),
+    "mask_dtype": (
+        "write_masks",
+        ([KEEP], [ONES], [ONES.double()], [], [0]),
+        "shape and dtype of the scores",
+    ),
+    "mask_pruning": (
+        "prune_channels",
+        ([ONES], [ONES.half()], [], [0], 2.0, [1], [0.0]),
+        "shape and dtype of the scores",
+    ),
+    "originals": (
+        "write_masks",
+        ([KEEP], [ONES], [], [ONES, ONES], [0]),
+        "originals or one per tensor, got 2",
+    ),
+    "original_dtype": (
+        "write_masks",
+        ([KEEP], [ONES], [], [ONES.double()], [0]),
+        "shape, strides and dtype",
+    ),
+    "original_shape": ("write_masks", ([KEEP], [ONES], [], [ONES[:, :3]], [0]), "shape, strides and dtype"),
+    "original_strides": (
+        "write_masks",
+        ([KEEP], [ONES], [], [ONES.T.contiguous().T], [0]),
+        "shape, strides and dtype",
+    ),
+    "original_strides_of_scores": (
+        "write_masks",
+        ([KEEP], [ONES.T.contiguous().T], [ONES.T.contiguous().T], [ONES.T.contiguous().T], [0]),
+        "shape, strides and dtype",
+    ),
+    "original_pruning": (
+        "prune_channels",
+        ([ONES], [], [ONES.half()], [0], 2.0, [1], [0.0]),
+        "shape, strides and dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_was_expected_and_what_arrived(case, device):
+    name, arguments, message = ERRORS[case]
+    arguments = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments)
+    with pytest.raises(RuntimeError, match=f"lnprune: expected .*{message}"):
+        getattr(ops, name)(*arguments)
+
+
+def test_an_original_of_the_layout_that_the_new_mask_gets_is_taken(device):
+    # The same calls as the errors of strides, set right.
+    ones, keep = ONES.to(device), KEEP.to(device)
+    transposed = ones.T.contiguous().T
+    assert ops.write_masks([keep], [transposed], [], [transposed], [0])[1][0].stride() == (1, 3)
+    assert ops.write_masks([keep], [transposed], [transposed], [ones], [0])[1][0].stride() == (4, 1)
+
+
+def test_more_channels_to_prune_than_there_are_prune_all(device):
+    (keep,) = ops.select_channels([NORM.to(device)], [], [7], [0.0])
+    assert keep.tolist() == [False] * 3
+
+
+def test_calls_from_several_threads_at_once(device):
+    inputs = []
+    for number in range(24):
+        dtype = cases.NATIVE_DTYPES[number % len(cases.NATIVE_DTYPES)]
+        inputs.append((cases.random_values((64 + number, 900), dtype, device), number % 2))
+
+    def prune(item):
+        tensor, dim = item
+        return flat(ops.prune_channels([tensor], [], [tensor], [dim], 2.0, [20], [0.0])) + flat(
+            ops.channel_norms([tensor], [dim], 1.7)
+        )
+
+    expected = [prune(item) for item in inputs]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            for results, wanted in zip(pool.map(prune, inputs), expected, strict=True):
+                for actual, tensor in zip(results, wanted, strict=True):
+                    cases.assert_same_bits(actual, tensor)
