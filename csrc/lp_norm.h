@@ -212,8 +212,8 @@ struct Maximum {
   }
 };
 
-// p = -inf: the smallest magnitude. Subtracting the bits above infinity wraps NaN to the bottom, below
-// zero, and infinity, the identity, to the top.
+// p = -inf: the smallest magnitude. Subtracting the bits above infinity wraps NaN to the bottom,
+// below zero, and infinity, the identity, to the top.
 template <class Real>
 struct Minimum {
   using Accumulator = typename Magnitude<Real>::Bits;

@@ -185,6 +185,11 @@ class _Product(TorchDispatchMode):
         super().__init__()
         self.product = product
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch's wrapper around __torch_dispatch__ would import the whole compiler on the first call.
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.ops.aten.mul.Tensor:
             return self.product

@@ -113,20 +113,41 @@ LNPRUNE_FUNCTION void write_block(const T* __restrict keep, const T* mask, const
   }
 }
 
+// out[i] = flag * x[i] for one flag of one or zero.
+template <class T>
+LNPRUNE_FUNCTION void multiply_flag(T flag, const T* __restrict x, T* __restrict out, int64_t n) {
+  using Bits = typename Flag<T>::Bits;
+  const Bits flag_bits = lnprune::bit_cast<Bits>(flag);
+  const Bits* __restrict x_bits = reinterpret_cast<const Bits*>(x);
+  Bits* __restrict out_bits = reinterpret_cast<Bits*>(out);
+  for (int64_t i = 0; i < n; ++i) out_bits[i] = Flag<T>::times(flag_bits, x_bits[i]);
+}
+
+// As bits: GCC vectorises no copies of class types.
+template <class T>
+LNPRUNE_FUNCTION void fill(T flag, T* out, int64_t n) {
+  using Bits = typename Flag<T>::Bits;
+  const Bits flag_bits = lnprune::bit_cast<Bits>(flag);
+  Bits* out_bits = reinterpret_cast<Bits*>(out);
+  for (int64_t i = 0; i < n; ++i) out_bits[i] = flag_bits;
+}
+
 template <class T>
 void write_run(const WritePart& part, int64_t length, bool keep) {
-  alignas(64) T flags[kWriteBlock<T>];
   const T flag = static_cast<T>(keep ? 1.0f : 0.0f);
-  const int64_t filled = length < kWriteBlock<T> ? length : kWriteBlock<T>;
-  for (int64_t i = 0; i < filled; ++i) flags[i] = flag;
   const T* mask = static_cast<const T*>(part.mask);
   const T* original = static_cast<const T*>(part.original);
   T* new_mask = static_cast<T*>(part.new_mask);
   T* weight = static_cast<T*>(part.weight);
   for (int64_t start = 0; start < length; start += kWriteBlock<T>) {
     const int64_t n = length - start < kWriteBlock<T> ? length - start : kWriteBlock<T>;
-    write_block(flags, mask ? mask + start : nullptr, weight ? original + start : nullptr,
-                new_mask + start, weight ? weight + start : nullptr, n);
+    if (mask == nullptr) {
+      fill(flag, new_mask + start, n);
+      if (weight != nullptr) multiply_flag(flag, original + start, weight + start, n);
+    } else {
+      multiply_flag(flag, mask + start, new_mask + start, n);
+      if (weight != nullptr) multiply(new_mask + start, original + start, weight + start, n);
+    }
   }
 }
 
