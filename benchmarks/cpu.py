@@ -104,7 +104,7 @@ def time_norms(grid: list[Case], budget: float) -> list[Row]:
             if importance is not None:
                 peers["torch_pruning"] = Peer(importance)
             peers["abs_pow_sum"] = Peer(lambda _, w=weight, c=case: calls.abs_pow_sum(w, c))
-        timing = interleaved(peers, budget)
+        timing = interleaved(peers, budget, weight.sum)
         row = _row(case, timing, fault)
         row["gigabytes_per_second"] = case.bytes / row["lnprune"] * 1e-9
         row["speedup"] = timing.ratio("torch", "lnprune")
@@ -127,7 +127,7 @@ def time_first(grid: list[Case], budget: float) -> list[Row]:
         make = partial(calls.bare_module, weight)
         peers = {name: Peer(calls.prune_with(call, case), make) for name, call in calls.PRUNERS.items()}
         peers["floor"] = Peer(calls.floor(weight))
-        timing = interleaved(peers, budget)
+        timing = interleaved(peers, budget, weight.sum)
         row = _row(case, timing, fault)
         # Read twice (to rank and to mask), mask and masked weight written.
         row["gigabytes_per_second"] = 4 * case.bytes / row["lnprune"] * 1e-9
@@ -162,7 +162,7 @@ def time_resnet50(budget: float) -> list[Row]:
         for case, tensor, module in zip(grid, tensors, peers["lnprune"].run(make()), strict=True):
             alive = torch.ones(case.channels, dtype=torch.bool)
             fault = fault or calls.pruning_fault(module, calls.reference_norms(tensor, case), case, alive)
-        timing = interleaved(peers, 10 * budget)
+        timing = interleaved(peers, 10 * budget, partial(calls.read_all, tensors))
         row = _row(grid[0], timing, fault)
         row["shape"] = "ResNet-50, 54 weights"
         row["bytes"] = sum(case.bytes for case in grid)
@@ -199,7 +199,7 @@ def time_compiled(grid: list[Case], budget: float) -> list[Row]:
             "lnprune": Peer(calls.prune_with(lnprune.ln_structured, case), make),
             "compiled": Peer(lambda _, f=compiled, w=weight: f(w)),
         }
-        timing = interleaved(peers, budget)
+        timing = interleaved(peers, budget, weight.sum)
         row = _row(case, timing, None)
         del row["correct"]  # timed only; the same cases are checked among the whole calls
         row["compiled_speedup"] = timing.ratio("compiled", "lnprune")
@@ -222,7 +222,7 @@ def time_repeated(grid: list[Case], budget: float) -> list[Row]:
         del twice
         make = partial(calls.fresh_copy, once)
         peers = {name: Peer(calls.prune_with(call, case), make) for name, call in calls.PRUNERS.items()}
-        timing = interleaved(peers, budget)
+        timing = interleaved(peers, budget, weight.sum)
         row = _row(case, timing, fault)
         row["speedup"] = timing.ratio("torch", "lnprune")
         rows.append(row)

@@ -1,9 +1,10 @@
-"""Interleaved timing: A B C, B C A, ..., so that a noisy machine is noisy for all of them."""
+"""Interleaved timing, in another order each round, so that a noisy machine is noisy for all peers."""
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -51,8 +52,12 @@ def _batch(peer: Peer, size: int) -> float:
     return (time.perf_counter_ns() - start) * 1e-9 / size
 
 
-def interleaved(peers: dict[str, Peer], budget: float) -> Timing:
-    """Times the peers in turn until ``budget`` seconds are spent, for at least three rounds."""
+def interleaved(peers: dict[str, Peer], budget: float, warm: Callable[[], Any]) -> Timing:
+    """Times the peers in turn until ``budget`` seconds are spent, for at least three rounds.
+
+    ``warm`` runs before each, untimed: it reads what they all read, so that what the peer before left in
+    the caches matters to none.
+    """
     gc.collect()
     gc.disable()
     try:
@@ -64,12 +69,14 @@ def interleaved(peers: dict[str, Peer], budget: float) -> Timing:
             sizes[name] = max(1, min(_LONGEST_BATCH, round(_BATCH_SECONDS / seconds)))
         timing = Timing({name: [] for name in peers})
         names = list(peers)
+        order = random.Random(0)
         end = time.perf_counter() + budget
         for index in range(_MOST_ROUNDS):
             if index >= _FEWEST_ROUNDS and time.perf_counter() > end:
                 break
-            first = index % len(names)
-            for name in names[first:] + names[:first]:
+            order.shuffle(names)
+            for name in names:
+                warm()
                 timing.rounds[name].append(_batch(peers[name], sizes[name]))
         return timing
     finally:

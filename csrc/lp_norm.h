@@ -156,6 +156,7 @@ template <class Real>
 struct NonzeroCount {
   using Accumulator = uint32_t;
   using Partial = double;
+  static constexpr bool kCostly = false;
   LNPRUNE_FUNCTION explicit NonzeroCount(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return 0; }
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const {
@@ -171,6 +172,7 @@ template <class Real>
 struct Sum {
   using Accumulator = double;
   using Partial = double;
+  static constexpr bool kCostly = false;
   LNPRUNE_FUNCTION explicit Sum(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return 0; }
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const { return a + magnitude(x); }
@@ -184,6 +186,7 @@ template <class Real>
 struct SumOfSquares {
   using Accumulator = double;
   using Partial = double;
+  static constexpr bool kCostly = false;
   LNPRUNE_FUNCTION explicit SumOfSquares(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return 0; }
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const {
@@ -199,6 +202,7 @@ template <class Real>
 struct Maximum {
   using Accumulator = typename Magnitude<Real>::Bits;
   using Partial = uint64_t;
+  static constexpr bool kCostly = false;
   LNPRUNE_FUNCTION explicit Maximum(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return 0; }
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const {
@@ -218,6 +222,7 @@ template <class Real>
 struct Minimum {
   using Accumulator = typename Magnitude<Real>::Bits;
   using Partial = uint64_t;
+  static constexpr bool kCostly = false;
   static constexpr Accumulator kFirstNan = Magnitude<Real>::kInfinity + 1;
   LNPRUNE_FUNCTION explicit Minimum(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return Magnitude<Real>::kInfinity - kFirstNan; }
@@ -238,6 +243,7 @@ template <class Real>
 struct HalfIntegerPowerSum {
   using Accumulator = double;
   using Partial = double;
+  static constexpr bool kCostly = true;
   double p;
   bool root, one, two, four, inverse;
   LNPRUNE_FUNCTION explicit HalfIntegerPowerSum(double order) : p(order) {
@@ -268,6 +274,7 @@ template <class Real>
 struct PowerSum {
   using Accumulator = double;
   using Partial = double;
+  static constexpr bool kCostly = true;
   double p;
   LNPRUNE_FUNCTION explicit PowerSum(double order) : p(order) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return 0; }

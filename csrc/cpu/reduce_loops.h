@@ -109,7 +109,8 @@ LNPRUNE_FUNCTION void reduce_columns_into(const Norm norm, const T* elements, in
                                           int64_t row_stride, int64_t columns,
                                           typename Norm::Accumulator* accumulators) {
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) {
+  // A costly map eight times over is more than the compiler keeps in registers.
+  for (; !Norm::kCostly && r + 8 <= rows; r += 8) {
     reduce_sweep<Norm, Real, 8>(norm, elements + r * row_stride, row_stride, columns, accumulators);
   }
   for (; r < rows; ++r) {
