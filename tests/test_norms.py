@@ -422,3 +422,12 @@ def test_every_instruction_set_gives_the_same_bits(instruction_set, baseline_dig
         pytest.skip(f"this processor or build runs {name}, not {instruction_set}")
     assert len(digests) > 700
     assert [case for case in digests if digests[case] != baseline_digests[case]] == []
+
+
+def test_an_order_whose_inverse_overflows_is_left_to_torch(device):
+    weight = torch.stack([torch.ones(5), torch.full((5,), 2.0)]).to(device)
+    expected = torch.norm(weight.double(), p=1e-320, dim=1)
+    assert torch.equal(lnprune.channel_norms(weight, 1e-320, 0), expected)
+    assert torch.equal(
+        lnprune.channel_norms(weight[:, :1], 1e-320, 0)[:1], torch.ones(1, dtype=torch.float64)
+    )

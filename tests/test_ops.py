@@ -226,3 +226,10 @@ def test_calls_from_several_threads_at_once(device):
             for results, wanted in zip(pool.map(prune, inputs), expected, strict=True):
                 for actual, tensor in zip(results, wanted, strict=True):
                     cases.assert_same_bits(actual, tensor)
+
+
+def test_empty_lists_give_empty_lists(device):
+    assert ops.channel_norms([], [], 2.0) == []
+    assert ops.select_channels([], [], [], []) == []
+    assert ops.write_masks([], [], [], [], []) == ([], [])
+    assert ops.prune_channels([], [], [], [], 2.0, [], []) == ([], [])
