@@ -16,9 +16,13 @@ TESTS = ("test_norms.py", "test_selection.py", "test_write.py", "test_ops.py")
 def main() -> int:
     """Exits with the status of the test run, or of the build."""
     compiler = os.environ.get("CXX", "c++")
-    runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    # The C++ runtime too: the sanitizer looks for what it intercepts, exceptions among it, when it starts.
+    runtimes = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in COPIED:
@@ -38,8 +42,10 @@ def main() -> int:
         status = subprocess.run(build, cwd=copy, env=environment, check=False).returncode
         if status != 0:
             return status
-        environment["LD_PRELOAD"] = runtime
-        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        environment["LD_PRELOAD"] = " ".join(runtimes)
+        # Reports of the sanitizers go to the file descriptor: only what Python prints is captured.
+        options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-m", "not slow"]
+        tests = [sys.executable, "-m", "pytest", *options]
         paths = [str(copy / "tests" / name) for name in TESTS]
         return subprocess.run([*tests, *paths], cwd=copy, env=environment, check=False).returncode
 
