@@ -120,12 +120,10 @@ def _first_mask(
 ) -> tuple[Tensor, list[Tensor]]:
     """The mask of a first pruning, and the masked weight where the native code made it too."""
     if not ops.is_native(scores) or not ops.is_native(original):
+        # Before the checks, as in torch: what cannot have a mask of ones fails here.
         ones = torch.ones_like(original, requires_grad=False)
-        count = _pruned_count(scores, amount, dim)
-        if count == 0:
-            _check_order(scores, n, dim)
-            return ones, []
-        return reference.write_mask(_keep_flags(scores, n, dim, count), scores, ones, dim), []
+        method = LnStructured(amount, n, dim)
+        return method.compute_mask(scores, ones), []
     count = _pruned_count(scores, amount, dim)
     if count == 0:
         _check_order(scores, n, dim)
