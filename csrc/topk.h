@@ -36,7 +36,9 @@ struct Cut {
 constexpr Cut kKeepNone{~RankingKey{0}, 0};
 
 LNPRUNE_FUNCTION bool is_kept(RankingKey key, Cut cut, int64_t equal_keys_before) {
-  return key > cut.threshold || (key == cut.threshold && equal_keys_before < cut.ties);
+  // Without branches: which channels are kept is as good as random.
+  const bool on_threshold = key == cut.threshold;
+  return (key > cut.threshold) | (on_threshold & (equal_keys_before < cut.ties));
 }
 
 }  // namespace lnprune

@@ -222,6 +222,17 @@ def test_many_channels_with_many_ties(channels, device):
         assert keep.tolist() == cases.brute_force_keep(values.tolist(), pruned)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 300.0])
+def test_many_channels_at_any_distance_from_one_another(scale, device):
+    """Norms 10 ** (scale * x): from all alike to all over the range, with outliers, signs, ties and NaN."""
+    values = 10.0 ** (scale * (2 * torch.rand(5000, dtype=torch.float64) - 1))
+    values[torch.randint(0, 5000, (700,))] = values[7].clone()
+    values[torch.randint(0, 5000, (40,))] = torch.tensor(ANY_SIGN, dtype=torch.float64).repeat(4)[:40]
+    for pruned in (1, 12, 2000, 2500, 4310, 4999):
+        (keep,) = ops.select_channels([values.to(device)], [], [pruned], [0.0])
+        assert keep.tolist() == cases.brute_force_keep(values.tolist(), pruned)
+
+
 def test_a_million_channels(device):
     tensor = torch.randint(-30, 30, (1_000_000, 2), dtype=torch.float32).to(device)
     keep = lnprune.channel_mask(tensor, 0.375, 1, 0)

@@ -13,8 +13,8 @@ namespace lnprune::cpu {
 namespace {
 
 constexpr int64_t kBytes[kElementTypes] = {8, 4, 2, 2, 1, 1, 1, 1};
-// Elements of a task: large enough to amortise its start, small enough to share.
-constexpr int64_t kTaskElements = 262144;
+// Elements of a task: large enough to amortise its start, small enough to share evenly.
+constexpr int64_t kTaskElements = 32768;
 
 // A task is a range of rows and of columns. Where channels are runs, the tensor counts as one row.
 struct Cutting {

@@ -1,5 +1,6 @@
-// The select step on the CPU: the cut of each ranking by a partial sort of its keys.
+// The select step on the CPU: the cut of each ranking by histograms of its keys.
 #include <algorithm>
+#include <bit>
 #include <functional>
 #include <vector>
 
@@ -13,28 +14,52 @@ bool takes_part(const SelectItem& item, int64_t channel) {
   return item.mask_counts == nullptr || item.mask_counts[channel] != 0;
 }
 
+// Few enough keys that sorting a part of them beats a histogram.
+constexpr size_t kFewKeys = 128;
+constexpr int kBucketBits = 11;
+
+// The cut that keeps the `kept` largest of the keys, at least one of them. Each round keeps only
+// the keys of the bucket that the cut falls into: a range of keys kBucketBits shorter.
+Cut find_cut(std::vector<RankingKey>& keys, int64_t kept) {
+  while (keys.size() > kFewKeys) {
+    RankingKey low = keys[0];
+    RankingKey high = low;
+    for (RankingKey key : keys) {
+      low = std::min(low, key);
+      high = std::max(high, key);
+    }
+    const int bits = std::bit_width(high - low);
+    if (bits == 0) return {low, kept};
+    const int shift = std::max(0, bits - kBucketBits);
+    int64_t counts[1 << kBucketBits] = {};
+    for (RankingKey key : keys) ++counts[(key - low) >> shift];
+    size_t bucket = (high - low) >> shift;
+    for (; kept > counts[bucket]; --bucket) kept -= counts[bucket];
+    std::erase_if(keys, [=](RankingKey key) { return (key - low) >> shift != bucket; });
+  }
+  std::nth_element(keys.begin(), keys.begin() + (kept - 1), keys.end(), std::greater<>());
+  const RankingKey threshold = keys[kept - 1];
+  const auto above = std::count_if(keys.begin(), keys.begin() + kept,
+                                   [=](RankingKey key) { return key > threshold; });
+  return {threshold, kept - above};
+}
+
 void select_one(const SelectItem& item) {
-  std::vector<RankingKey> keys;
-  keys.reserve(item.channels);
+  std::vector<RankingKey> keys(item.channels);
+  int64_t participants = 0;
   for (int64_t c = 0; c < item.channels; ++c) {
-    if (takes_part(item, c)) keys.push_back(ranking_key(item.norms[c]));
+    keys[participants] = ranking_key(item.norms[c]);
+    participants += takes_part(item, c) ? 1 : 0;
   }
-  const int64_t participants = static_cast<int64_t>(keys.size());
+  keys.resize(participants);
   const int64_t kept = participants - pruned_channels(item.count, item.fraction, participants);
-  Cut cut = kKeepNone;
-  if (kept > 0) {
-    std::nth_element(keys.begin(), keys.begin() + (kept - 1), keys.end(), std::greater<>());
-    cut.threshold = keys[kept - 1];
-    const auto above = std::count_if(keys.begin(), keys.begin() + kept,
-                                     [&](RankingKey key) { return key > cut.threshold; });
-    cut.ties = kept - above;
-  }
+  const Cut cut = kept > 0 ? find_cut(keys, kept) : kKeepNone;
   int64_t equal_before = 0;
   for (int64_t c = 0; c < item.channels; ++c) {
     const RankingKey key = ranking_key(item.norms[c]);
     const bool counted = takes_part(item, c);
-    item.keep[c] = counted && is_kept(key, cut, equal_before);
-    equal_before += counted && key == cut.threshold ? 1 : 0;
+    item.keep[c] = counted & is_kept(key, cut, equal_before);
+    equal_before += counted & (key == cut.threshold);
   }
 }
 

@@ -105,7 +105,7 @@ template <class T>
 LNPRUNE_FUNCTION void write_block(const T* __restrict keep, const T* mask, const T* original,
                                   T* __restrict new_mask, T* weight, int64_t n) {
   if (mask == nullptr) {
-    for (int64_t i = 0; i < n; ++i) new_mask[i] = keep[i];
+    std::memcpy(new_mask, keep, n * sizeof(T));
     if (weight != nullptr) multiply_flags(keep, original, weight, n);
   } else {
     multiply_flags(keep, mask, new_mask, n);
