@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "lp_norm.h"
 #include "slices.h"
@@ -58,6 +59,16 @@ struct WriteItem {
   void* weight;
   ElementType type;
   Slices slices;
+};
+
+// What one call asks for on one device. Lists that are empty ask for nothing; the others run in this
+// order, each reading what those before it wrote.
+struct Steps {
+  std::vector<RankItem> scores;
+  NormOrder order{NormKind::count, 0};  // of the scores
+  std::vector<RankItem> masks;          // ranked by order 0: how many elements are not zero
+  std::vector<SelectItem> selections;
+  std::vector<WriteItem> writes;
 };
 
 namespace cpu {

@@ -88,7 +88,7 @@ LNPRUNE_FUNCTION double magnitude(Real x) {
 // log2(m) by the series of atanh, 2^r by the series of exp. The relative error is at most a few
 // units in the last place times 1 + |p * log2(x)|.
 LNPRUNE_FUNCTION double power(double x, double p) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const double kInfinity = bit_cast<double>(Magnitude<double>::kInfinity);
   constexpr double kTwoTo54 = 18014398509481984.0;
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
   const bool subnormal = x < 2.2250738585072014e-308;

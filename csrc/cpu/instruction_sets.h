@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "../masked_product.h"
 
 namespace lnprune::cpu {
 

@@ -1,20 +1,12 @@
 // The loops of the write step. Included once per instruction set, by loops.h.
 //
-// Every value is the product that torch computes, mask * keep and new_mask * original: a pruned
-// -0.0 stays -0.0 and a pruned infinity becomes NaN.
-
-template <class T>
-LNPRUNE_FUNCTION T product(T mask, T x) {
-  return static_cast<T>(static_cast<float>(mask) * static_cast<float>(x));
-}
-LNPRUNE_FUNCTION float product(float mask, float x) { return mask * x; }
-LNPRUNE_FUNCTION double product(double mask, double x) { return mask * x; }
+// Every value is a masked_product, mask * keep and new_mask * original.
 
 // Elements that are written as one block, so that its checks are few.
 template <class T>
 constexpr int64_t kWriteBlock = 8192 / sizeof(T);
 
-// Flag<T>::times(flag, x) is product(flag, x) for a flag of one or zero, on the bits where that is
+// Flag<T>::times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where that is
 // faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
 template <class T>
 struct Flag {
@@ -50,8 +42,8 @@ struct ProductTable {
   ProductTable() {
     for (int bits = 0; bits < 256; ++bits) {
       const Float8 x(static_cast<uint8_t>(bits), Float8::from_bits());
-      times_zero[bits] = product(Float8(0.0f), x).x;
-      times_one[bits] = product(Float8(1.0f), x).x;
+      times_zero[bits] = masked_product(Float8(0.0f), x).x;
+      times_one[bits] = masked_product(Float8(1.0f), x).x;
     }
   }
 };
@@ -97,7 +89,7 @@ LNPRUNE_FUNCTION void multiply(const T* __restrict mask, const T* __restrict x, 
       return;
     }
   }
-  for (int64_t i = 0; i < n; ++i) out[i] = product(mask[i], x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = masked_product(mask[i], x[i]);
 }
 
 // One block: keep[i] is 1 or 0 as T. All pointers are to the block's first element.

@@ -1,0 +1,359 @@
+// The native ops of any backend: schemas, checks, views, outputs, and the steps that they ask for.
+//
+// Every op takes lists; one tensor is a list of one. None is differentiable and none returns an
+// alias. A backend has
+//   device_type()                           of its tensors, as aoti_torch_device_type_*()
+//   run(int32_t device, const Steps&)       runs the steps on one device
+//   Scratch(int32_t device, size_t bytes)   memory of one call there; data()
+//   prepare_output(void*, size_t)           called before the first write to a large output
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace lnprune {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+template <class Library>
+void define_ops(Library& library) {
+  library.def("channel_norms(Tensor[] tensors, int[] dims, float p) -> Tensor[]");
+  library.def(
+      "select_channels(Tensor[] norms, Tensor[] mask_counts, int[] counts, float[] fractions)"
+      " -> Tensor[]");
+  library.def(
+      "write_masks(Tensor[] keep, Tensor[] scores, Tensor[] masks, Tensor[] originals, int[] dims)"
+      " -> (Tensor[], Tensor[])");
+  library.def(
+      "prune_channels(Tensor[] scores, Tensor[] masks, Tensor[] originals, int[] dims, float p,"
+      " int[] counts, float[] fractions) -> (Tensor[], Tensor[])");
+}
+
+template <class Backend>
+class Ops {
+ public:
+  static Tensors channel_norms(Tensors tensors, std::vector<int64_t> dims, double p) {
+    const std::vector<View> views = views_along(tensors, dims);
+    const NormOrder order = checked_order(p);
+    Tensors norms;
+    norms.reserve(views.size());
+    StepsByDevice steps;
+    for (const View& view : views) {
+      norms.push_back(new_vector(view.slices.channels, aoti_torch_dtype_float64(), view.device));
+      Steps& here = steps[view.device];
+      here.order = order;
+      here.scores.push_back({view.tensor.const_data_ptr(), view.type, view.slices,
+                             static_cast<double*>(norms.back().mutable_data_ptr())});
+    }
+    run(steps);
+    return norms;
+  }
+
+  static Tensors select_channels(Tensors norms, Tensors mask_counts, std::vector<int64_t> counts,
+                                 std::vector<double> fractions) {
+    check_amounts(norms.size(), counts, fractions);
+    STD_TORCH_CHECK(mask_counts.empty() || mask_counts.size() == norms.size(),
+                    "lnprune: expected no mask counts or one per tensor, got ", mask_counts.size());
+    Tensors keep;
+    StepsByDevice steps;
+    for (size_t i = 0; i < norms.size(); ++i) {
+      const double* values = norms_of(norms[i]);
+      const double* mask_values = mask_counts.empty() ? nullptr : norms_of(mask_counts[i]);
+      const int64_t channels = norms[i].numel();
+      const int32_t device = device_of(norms[i]);
+      STD_TORCH_CHECK(mask_counts.empty() || mask_counts[i].numel() == channels,
+                      "lnprune: expected a mask count for each of ", channels, " channels");
+      if (!mask_counts.empty()) check_device(mask_counts[i], device, "mask counts");
+      keep.push_back(new_vector(channels, aoti_torch_dtype_bool(), device));
+      steps[device].selections.push_back({values, mask_values, channels, counts[i], fractions[i],
+                                          static_cast<bool*>(keep.back().mutable_data_ptr())});
+    }
+    run(steps);
+    return keep;
+  }
+
+  static std::tuple<Tensors, Tensors> write_masks(Tensors keep, Tensors scores, Tensors masks,
+                                                  Tensors originals, std::vector<int64_t> dims) {
+    STD_TORCH_CHECK(keep.size() == scores.size(), "lnprune: expected keep flags for each of ",
+                    scores.size(), " tensors, got ", keep.size());
+    const std::vector<View> views = views_along(scores, dims);
+    std::vector<const bool*> flags;
+    for (size_t i = 0; i < keep.size(); ++i) {
+      STD_TORCH_CHECK(
+          keep[i].scalar_type() == torch::headeronly::ScalarType::Bool && keep[i].dim() == 1 &&
+              keep[i].is_contiguous() && keep[i].numel() == views[i].slices.channels,
+          "lnprune: expected ", views[i].slices.channels, " contiguous bool keep flags, got ",
+          keep[i].numel(), " of ", torch::headeronly::toString(keep[i].scalar_type()));
+      check_device(keep[i], views[i].device, "keep flags");
+      flags.push_back(static_cast<const bool*>(keep[i].const_data_ptr()));
+    }
+    Writing writing(views, masks, originals, dims);
+    StepsByDevice steps;
+    for (size_t i = 0; i < views.size(); ++i) {
+      steps[views[i].device].writes.push_back(writing.item(i, flags[i]));
+    }
+    run(steps);
+    return {std::move(writing.new_masks), std::move(writing.weights)};
+  }
+
+  static std::tuple<Tensors, Tensors> prune_channels(Tensors scores, Tensors masks,
+                                                     Tensors originals, std::vector<int64_t> dims,
+                                                     double p, std::vector<int64_t> counts,
+                                                     std::vector<double> fractions) {
+    check_amounts(scores.size(), counts, fractions);
+    const std::vector<View> views = views_along(scores, dims);
+    const NormOrder order = checked_order(p);
+    Writing writing(views, masks, originals, dims);
+
+    // Per device one block: the norms of all tensors, their mask counts, their keep flags.
+    std::map<int32_t, int64_t> channels;
+    for (const View& view : views) channels[view.device] += view.slices.channels;
+    const int64_t doubles = masks.empty() ? 1 : 2;
+    std::map<int32_t, Room> rooms;
+    for (const auto& [device, count] : channels) {
+      rooms.try_emplace(device, device, count, doubles);
+    }
+    StepsByDevice steps;
+    for (size_t i = 0; i < views.size(); ++i) {
+      const View& view = views[i];
+      Room& room = rooms.at(view.device);
+      const int64_t count = view.slices.channels;
+      double* norms = room.norms;
+      double* mask_counts = masks.empty() ? nullptr : room.norms + room.channels;
+      bool* keep = room.keep;
+      room.norms += count;
+      room.keep += count;
+      Steps& here = steps[view.device];
+      here.order = order;
+      here.scores.push_back({view.tensor.const_data_ptr(), view.type, view.slices, norms});
+      if (mask_counts != nullptr) {
+        const View& mask = writing.mask_views[i];
+        here.masks.push_back({mask.tensor.const_data_ptr(), mask.type, mask.slices, mask_counts});
+      }
+      here.selections.push_back({norms, mask_counts, count, counts[i], fractions[i], keep});
+      here.writes.push_back(writing.item(i, keep));
+    }
+    run(steps);
+    return {std::move(writing.new_masks), std::move(writing.weights)};
+  }
+
+ private:
+  using ScalarType = torch::headeronly::ScalarType;
+  using StepsByDevice = std::map<int32_t, Steps>;
+
+  // A tensor seen along one dim. Where its elements are not one dense block, `tensor` is a dense
+  // copy.
+  struct View {
+    Tensor tensor;
+    ElementType type;
+    Slices slices;
+    int32_t device;
+  };
+
+  // The scratch memory of one device, handed out from the front.
+  struct Room {
+    typename Backend::Scratch scratch;
+    int64_t channels;
+    double* norms;
+    bool* keep;
+    Room(int32_t device, int64_t count, int64_t doubles)
+        : scratch(device, count * (doubles * sizeof(double) + sizeof(bool))),
+          channels(count),
+          norms(static_cast<double*>(scratch.data())),
+          keep(reinterpret_cast<bool*>(norms + doubles * count)) {}
+  };
+
+  // What the write step reads and makes, for a list of tensors. Masks and originals are one per
+  // tensor or none: no masks stand for masks of ones, and without originals no weights are made.
+  struct Writing {
+    std::vector<View> mask_views;
+    const std::vector<View>& layouts;  // of the new masks: the masks, or where none, the scores
+    const Tensors& originals;
+    Tensors new_masks;
+    Tensors weights;
+
+    Writing(const std::vector<View>& views, const Tensors& masks, const Tensors& originals,
+            const std::vector<int64_t>& dims)
+        : mask_views(view_masks(masks, views, dims)),
+          layouts(masks.empty() ? views : mask_views),
+          originals(originals) {
+      const size_t count = layouts.size();
+      STD_TORCH_CHECK(originals.empty() || originals.size() == count,
+                      "lnprune: expected no originals or one per tensor, got ", originals.size());
+      new_masks.reserve(count);
+      weights.reserve(originals.size());
+      for (const View& layout : layouts) new_masks.push_back(new_like(layout));
+      for (size_t i = 0; i < originals.size(); ++i) {
+        STD_TORCH_CHECK(
+            same_layout(new_masks[i], originals[i]),
+            "lnprune: expected an original of the shape, strides and dtype of its new mask");
+        check_device(originals[i], layouts[i].device, "the original");
+        weights.push_back(new_like(layouts[i]));
+      }
+    }
+
+    WriteItem item(size_t i, const bool* keep) const {
+      const bool with_weight = !originals.empty();
+      return {keep,
+              mask_views.empty() ? nullptr : mask_views[i].tensor.const_data_ptr(),
+              with_weight ? originals[i].const_data_ptr() : nullptr,
+              new_masks[i].mutable_data_ptr(),
+              with_weight ? weights[i].mutable_data_ptr() : nullptr,
+              layouts[i].type,
+              layouts[i].slices};
+    }
+  };
+
+  static void run(const StepsByDevice& steps) {
+    for (const auto& [device, here] : steps) Backend::run(device, here);
+  }
+
+  static ElementType element_type(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Double: return ElementType::float64;
+      case ScalarType::Float: return ElementType::float32;
+      case ScalarType::Half: return ElementType::float16;
+      case ScalarType::BFloat16: return ElementType::bfloat16;
+      case ScalarType::Float8_e4m3fn: return ElementType::float8_e4m3fn;
+      case ScalarType::Float8_e4m3fnuz: return ElementType::float8_e4m3fnuz;
+      case ScalarType::Float8_e5m2: return ElementType::float8_e5m2;
+      case ScalarType::Float8_e5m2fnuz: return ElementType::float8_e5m2fnuz;
+      default:
+        STD_TORCH_CHECK(false, "lnprune: expected a real floating-point dtype, got ",
+                        torch::headeronly::toString(tensor.scalar_type()));
+    }
+  }
+
+  // The index of the tensor's device, which is of the backend's type.
+  static int32_t device_of(const Tensor& tensor) {
+    int32_t type = 0;
+    int32_t index = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    STD_TORCH_CHECK(type == Backend::device_type(),
+                    "lnprune: expected all tensors of a call on devices of one type");
+    return index;
+  }
+
+  static void check_device(const Tensor& tensor, int32_t device, const char* what) {
+    const int32_t found = device_of(tensor);
+    STD_TORCH_CHECK(found == device, "lnprune: expected ", what,
+                    " on the device of the scores, index ", device, ", got index ", found);
+  }
+
+  // An uninitialised tensor.
+  static Tensor new_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                           int32_t dtype, int32_t device) {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dims, sizes, strides, dtype, Backend::device_type(), device, &handle));
+    return Tensor(handle);
+  }
+
+  static Tensor new_vector(int64_t length, int32_t dtype, int32_t device) {
+    const int64_t stride = 1;
+    return new_tensor(1, &length, &stride, dtype, device);
+  }
+
+  // A dense output.
+  static Tensor new_like(const View& view) {
+    constexpr int64_t kLarge = int64_t{4} << 20;
+    int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(view.tensor.get(), &dtype));
+    const auto sizes = view.tensor.sizes();
+    Tensor tensor = new_tensor(static_cast<int64_t>(sizes.size()), sizes.data(),
+                               view.tensor.strides().data(), dtype, view.device);
+    const int64_t bytes = view.slices.elements() * static_cast<int64_t>(view.tensor.element_size());
+    if (bytes >= kLarge) Backend::prepare_output(tensor.mutable_data_ptr(), bytes);
+    return tensor;
+  }
+
+  static View view_along(Tensor tensor, int64_t dim) {
+    const auto sizes = tensor.sizes();
+    const int64_t dims = static_cast<int64_t>(sizes.size());
+    STD_TORCH_CHECK(dim >= -dims && dim < dims, "lnprune: expected a dim in [", -dims, ", ", dims,
+                    "), got ", dim);
+    const ElementType type = element_type(tensor);
+    const int32_t device = device_of(tensor);
+    if (!is_dense(sizes.data(), tensor.strides().data(), dims)) {
+      tensor = torch::stable::clone(tensor);
+    }
+    const Slices slices = make_slices(tensor.sizes().data(), tensor.strides().data(), dims,
+                                      dim < 0 ? dim + dims : dim);
+    STD_TORCH_CHECK(slices.elements() > 0, "lnprune: expected a tensor with elements, got none");
+    return {std::move(tensor), type, slices, device};
+  }
+
+  static std::vector<View> views_along(const Tensors& tensors, const std::vector<int64_t>& dims) {
+    STD_TORCH_CHECK(tensors.size() == dims.size(), "lnprune: expected one dim per tensor, got ",
+                    dims.size(), " for ", tensors.size());
+    std::vector<View> views;
+    views.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) views.push_back(view_along(tensors[i], dims[i]));
+    return views;
+  }
+
+  static std::vector<View> view_masks(const Tensors& masks, const std::vector<View>& scores,
+                                      const std::vector<int64_t>& dims) {
+    STD_TORCH_CHECK(masks.empty() || masks.size() == scores.size(),
+                    "lnprune: expected no masks or one per tensor, got ", masks.size());
+    std::vector<View> views;
+    views.reserve(masks.size());
+    for (size_t i = 0; i < masks.size(); ++i) {
+      STD_TORCH_CHECK(masks[i].scalar_type() == scores[i].tensor.scalar_type() &&
+                          masks[i].sizes() == scores[i].tensor.sizes(),
+                      "lnprune: expected a mask of the shape and dtype of the scores");
+      check_device(masks[i], scores[i].device, "the mask");
+      // A repeated mask is contiguous whatever the layout of the one before.
+      views.push_back(view_along(torch::stable::contiguous(masks[i]), dims[i]));
+    }
+    return views;
+  }
+
+  static bool same_layout(const Tensor& a, const Tensor& b) {
+    return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
+           a.strides() == b.strides();
+  }
+
+  static NormOrder checked_order(double p) {
+    STD_TORCH_CHECK(p == p, "lnprune: expected a norm of a real order, got NaN");
+    return norm_order(p);
+  }
+
+  static void check_amounts(size_t tensors, const std::vector<int64_t>& counts,
+                            const std::vector<double>& fractions) {
+    STD_TORCH_CHECK(counts.size() == tensors && fractions.size() == tensors,
+                    "lnprune: expected one count and one fraction per tensor, got ", counts.size(),
+                    " and ", fractions.size(), " for ", tensors);
+    for (double fraction : fractions) {
+      STD_TORCH_CHECK(fraction >= 0 && fraction <= 1, "lnprune: expected fractions in [0, 1], got ",
+                      fraction);
+    }
+  }
+
+  static const double* norms_of(const Tensor& tensor) {
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 && tensor.is_contiguous(),
+        "lnprune: expected contiguous float64 norms with one dim, got ",
+        torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.dim());
+    return static_cast<const double*>(tensor.const_data_ptr());
+  }
+};
+
+// Registers a backend's kernels, each boxed by the macro of the stable ABI.
+#define LNPRUNE_IMPLEMENT_OPS(library, Backend)                                        \
+  library.impl("channel_norms", TORCH_BOX(&lnprune::Ops<Backend>::channel_norms));     \
+  library.impl("select_channels", TORCH_BOX(&lnprune::Ops<Backend>::select_channels)); \
+  library.impl("write_masks", TORCH_BOX(&lnprune::Ops<Backend>::write_masks));         \
+  library.impl("prune_channels", TORCH_BOX(&lnprune::Ops<Backend>::prune_channels))
+
+}  // namespace lnprune
