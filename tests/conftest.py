@@ -1,7 +1,22 @@
-"""What all tests share: fresh random inputs."""
+"""What all tests share: fresh random inputs, and the choice to run on the emulated GPU."""
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulated-cuda",
+        action="store_true",
+        help="run the CUDA kernels, emulated on the host, wherever lnprune would run those of the CPU",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--emulated-cuda"):
+        import emulated_cuda
+
+        emulated_cuda.replace_native_ops()
 
 
 @pytest.fixture(autouse=True)

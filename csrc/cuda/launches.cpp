@@ -1,0 +1,253 @@
+// How tensors are cut into blocks, the tables that say so, and the order of the launches.
+#include "launches.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+namespace lnprune::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kBytes[kElementTypes] = {8, 4, 2, 2, 1, 1, 1, 1};
+// Runs at least this long are reduced along themselves, shorter ones as columns.
+constexpr int64_t kShortestRun = 64;
+// Where channels are runs: a channel's share of a chunk, in elements.
+constexpr int64_t kRunChunk = 16384;
+// Vectors that a thread should find in a run, so that as many loads are in flight.
+constexpr int64_t kVectorsPerLane = 4;
+// Where channels are columns: vectors along a strip, half a kilobyte, and rows that a group should
+// find.
+constexpr int64_t kStripVectors = 32;
+constexpr int64_t kRowsPerGroup = 4;
+// With fewer rows than this a block is one wide strip.
+constexpr int64_t kFewRows = 32;
+// A chunk's partials are written and read once, 8 bytes each: at most a 64th of its elements.
+constexpr int64_t kBytesPerPartial = 2 * 8 * 64;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t power_of_two_below(int64_t n) {
+  int64_t power = 1;
+  while (2 * power <= n) power *= 2;
+  return power;
+}
+
+bool is_aligned(const void* address, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+}
+
+// Elements of a vector of the rank step.
+int64_t vector_length(int64_t bytes) { return rank_vector_bytes(static_cast<int>(bytes)) / bytes; }
+
+// Rows whose runs begin at different places within a vector cannot share a chunk of runs.
+bool is_uneven(const Slices& slices, int64_t bytes) {
+  return slices.outer > 1 && slices.inner % vector_length(bytes) != 0;
+}
+
+void cut_runs(RankTask& task, const Slices& slices, int64_t bytes) {
+  const int64_t vector = vector_length(bytes);
+  const bool whole_vectors = slices.inner % vector == 0;
+  const bool has_one_run = slices.outer * slices.channels == 1;
+  task.rows = slices.outer;
+  task.row_elements = slices.row();
+  task.run_per_chunk = std::min(slices.inner, kRunChunk);
+  task.run_chunks = divide_up(slices.inner, task.run_per_chunk);
+  task.rows_per_chunk =
+      is_uneven(slices, bytes) ? 1 : std::max<int64_t>(1, kRunChunk / slices.inner);
+  task.chunks = divide_up(slices.outer, task.rows_per_chunk) * task.run_chunks;
+  const int64_t lanes = power_of_two_below(task.run_per_chunk / (kVectorsPerLane * vector));
+  task.lanes = static_cast<int>(std::clamp<int64_t>(lanes, 4, kThreads));
+  const int64_t rows = power_of_two_below(std::min(task.rows_per_chunk, slices.outer));
+  task.groups = static_cast<int>(std::min<int64_t>(kThreads / task.lanes, rows));
+  task.channels_per_strip = kThreads / (task.lanes * task.groups);
+  task.strips = divide_up(slices.channels, task.channels_per_strip);
+  task.aligned = is_aligned(task.elements, vector * bytes) && (has_one_run || whole_vectors);
+}
+
+void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
+  const int64_t vector = vector_length(bytes);
+  const int64_t row = slices.row();
+  // Narrow rows are taken several at a time, as many as make a row of whole vectors.
+  const int64_t whole = vector / std::gcd(vector, row);
+  int64_t merged = 1;
+  if (whole * row <= 2 * kStripVectors * vector && whole <= slices.outer) {
+    merged = whole * std::max<int64_t>(1, kStripVectors * vector / (whole * row));
+    merged = std::min(merged, slices.outer / whole * whole);
+  }
+  task.row_elements = merged * row;
+  task.rows = divide_up(slices.outer, merged);
+  const bool few_rows = task.rows < kFewRows;
+  // Strips of whole channels and whole vectors.
+  const int64_t strip_vectors = few_rows ? kThreads : kStripVectors;
+  if (task.row_elements <= strip_vectors * vector || merged > 1) {
+    task.columns_per_strip = static_cast<int>(task.row_elements);
+    task.channels_per_strip = static_cast<int>(slices.channels);
+    task.strips = 1;
+  } else {
+    // Where rows are not aligned there are no vectors to keep whole.
+    const int64_t unit = row % vector == 0 ? std::lcm(slices.inner, vector) : slices.inner;
+    task.columns_per_strip =
+        static_cast<int>(std::max<int64_t>(1, strip_vectors * vector / unit) * unit);
+    task.channels_per_strip = task.columns_per_strip / static_cast<int>(slices.inner);
+    task.strips = divide_up(slices.channels, task.channels_per_strip);
+  }
+  task.lanes = static_cast<int>(divide_up(task.columns_per_strip, vector));
+  task.groups = few_rows ? 1 : kThreads / task.lanes;
+  const int64_t merged_inner = slices.inner * merged;
+  task.rows_per_chunk = few_rows ? task.rows
+                                 : std::max(divide_up(kBytesPerPartial, merged_inner * bytes),
+                                            kRowsPerGroup * task.groups);
+  task.run_per_chunk = slices.inner;
+  task.run_chunks = 1;
+  task.chunks = divide_up(task.rows, task.rows_per_chunk);
+  task.aligned = is_aligned(task.elements, vector * bytes) && task.row_elements % vector == 0;
+}
+
+RankTask make_task(const RankItem& item, bool counts) {
+  RankTask task{};
+  const int64_t bytes = kBytes[static_cast<int>(item.type)];
+  task.type = item.type;
+  task.elements = item.elements;
+  task.norms = item.norms;
+  task.channels = item.slices.channels;
+  task.inner = item.slices.inner;
+  task.elements_in_all = item.slices.elements();
+  task.counts = counts;
+  // Uneven runs that fit a block are columns too.
+  task.runs = item.slices.inner >=
+              (is_uneven(item.slices, bytes) ? kThreads * vector_length(bytes) : kShortestRun);
+  (task.runs ? cut_runs : cut_columns)(task, item.slices, bytes);
+  return task;
+}
+
+WriteTask make_task(const WriteItem& item) {
+  WriteTask task{};
+  task.item = item;
+  task.elements = item.slices.elements();
+  task.tiles = divide_up(task.elements, write_tile(item.type));
+  task.aligned = is_aligned(item.mask) && is_aligned(item.original) && is_aligned(item.new_mask) &&
+                 is_aligned(item.weight);
+  return task;
+}
+
+bool is_float8(ElementType type) { return kBytes[static_cast<int>(type)] == 1; }
+
+float float8_value(ElementType type, int bits) {
+  const uint8_t x = static_cast<uint8_t>(bits);
+  switch (type) {
+    case ElementType::float8_e4m3fn: return c10::Float8_e4m3fn(x, c10::Float8_e4m3fn::from_bits());
+    case ElementType::float8_e4m3fnuz:
+      return c10::Float8_e4m3fnuz(x, c10::Float8_e4m3fnuz::from_bits());
+    case ElementType::float8_e5m2: return c10::Float8_e5m2(x, c10::Float8_e5m2::from_bits());
+    default: return c10::Float8_e5m2fnuz(x, c10::Float8_e5m2fnuz::from_bits());
+  }
+}
+
+template <class Task>
+void add(std::vector<Batch<Task>>& batches, ElementType type, Task task, int64_t blocks) {
+  auto batch = std::find_if(batches.begin(), batches.end(),
+                            [type](const Batch<Task>& other) { return other.type == type; });
+  if (batch == batches.end()) batch = batches.insert(batch, {type, {}, 0});
+  task.first_block = batch->blocks;
+  batch->blocks += blocks;
+  batch->tasks.push_back(task);
+}
+
+template <class Task>
+size_t append(char* table, size_t at, const std::vector<Task>& tasks) {
+  std::memcpy(table + at, tasks.data(), tasks.size() * sizeof(Task));
+  return at + tasks.size() * sizeof(Task);
+}
+
+}  // namespace
+
+Launches::Launches(const Steps& steps) : selections_(steps.selections), order_(steps.order) {
+  const auto add_rank = [this](const RankItem& item, bool counts) {
+    const RankTask task = make_task(item, counts);
+    add(ranks_, is_float8(item.type) ? ElementType::float8_e4m3fn : item.type, task,
+        task.chunks * task.strips);
+    const auto known = std::find(float8_types_.begin(), float8_types_.end(), item.type);
+    if (is_float8(item.type) && known == float8_types_.end()) float8_types_.push_back(item.type);
+  };
+  for (const RankItem& item : steps.scores) add_rank(item, false);
+  for (const RankItem& item : steps.masks) add_rank(item, true);
+  for (const WriteItem& item : steps.writes) {
+    const WriteTask task = make_task(item);
+    add(writes_, item.type, task, task.tiles);
+  }
+  size_t tickets = 0;
+  size_t partials = 0;
+  for (const auto& batch : ranks_) {
+    table_bytes_ += batch.tasks.size() * sizeof(RankTask);
+    for (const RankTask& task : batch.tasks) {
+      if (task.chunks == 1) continue;
+      tickets += task.strips;
+      partials += task.chunks * task.channels;
+    }
+  }
+  table_bytes_ += selections_.size() * sizeof(SelectItem);
+  for (const auto& batch : writes_) table_bytes_ += batch.tasks.size() * sizeof(WriteTask);
+  table_bytes_ += float8_types_.size() * 256 * sizeof(float);
+  tickets_at_ = table_bytes_;
+  table_bytes_ += (tickets * sizeof(unsigned) + 7) / 8 * 8;
+  bytes_ = table_bytes_ + partials * sizeof(uint64_t);
+}
+
+void Launches::write_table(void* host, void* device) const {
+  char* table = static_cast<char*>(host);
+  unsigned* tickets = reinterpret_cast<unsigned*>(static_cast<char*>(device) + tickets_at_);
+  uint64_t* partials = reinterpret_cast<uint64_t*>(static_cast<char*>(device) + table_bytes_);
+  const float* float8_values =
+      reinterpret_cast<const float*>(static_cast<const char*>(device) + tickets_at_) -
+      float8_types_.size() * 256;
+  size_t at = 0;
+  for (const auto& batch : ranks_) {
+    std::vector<RankTask> tasks = batch.tasks;
+    for (RankTask& task : tasks) {
+      const auto type = std::find(float8_types_.begin(), float8_types_.end(), task.type);
+      task.float8_values = float8_values + (type - float8_types_.begin()) * 256;
+      if (task.chunks == 1) continue;
+      task.tickets = tickets;
+      task.partials = partials;
+      tickets += task.strips;
+      partials += task.chunks * task.channels;
+    }
+    at = append(table, at, tasks);
+  }
+  at = append(table, at, selections_);
+  for (const auto& batch : writes_) at = append(table, at, batch.tasks);
+  for (ElementType type : float8_types_) {
+    std::vector<float> values(256);
+    for (int bits = 0; bits < 256; ++bits) values[bits] = float8_value(type, bits);
+    at = append(table, at, values);
+  }
+  std::memset(table + at, 0, table_bytes_ - at);
+}
+
+cudaError_t Launches::run(void* device, cudaStream_t stream) const {
+  const char* table = static_cast<const char*>(device);
+  for (const auto& batch : ranks_) {
+    const cudaError_t error =
+        launch_rank(batch.type, order_, reinterpret_cast<const RankTask*>(table),
+                    static_cast<int>(batch.tasks.size()), batch.blocks, stream);
+    if (error != cudaSuccess) return error;
+    table += batch.tasks.size() * sizeof(RankTask);
+  }
+  if (!selections_.empty()) {
+    const cudaError_t error =
+        launch_select(reinterpret_cast<const SelectItem*>(table), selections_.size(), stream);
+    if (error != cudaSuccess) return error;
+    table += selections_.size() * sizeof(SelectItem);
+  }
+  for (const auto& batch : writes_) {
+    const cudaError_t error =
+        launch_write(batch.type, reinterpret_cast<const WriteTask*>(table),
+                     static_cast<int>(batch.tasks.size()), batch.blocks, stream);
+    if (error != cudaSuccess) return error;
+    table += batch.tasks.size() * sizeof(WriteTask);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace lnprune::cuda

@@ -1,0 +1,99 @@
+// The launches of one call: the tables that the kernels read, built on the host, and their order.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "../kernels.h"
+#include "language.h"
+
+namespace lnprune::cuda {
+
+// Bytes of a vector in the rank step. Eight elements of one byte are as many as the registers of a
+// thread have room to sum.
+constexpr int rank_vector_bytes(int element_bytes) { return element_bytes == 1 ? 8 : 16; }
+
+// One tensor to rank. It is cut into chunks of rows, and its channels into strips; a block reduces
+// one strip of one chunk. All numbers follow from shape and dtype alone, so that the order of every
+// sum does too.
+struct RankTask {
+  ElementType type;
+  const void* elements;
+  const float* float8_values;  // [256], what the bits of eight-bit elements stand for
+  double* norms;
+  uint64_t* partials;  // [chunks][channels], where there is more than one chunk
+  unsigned* tickets;   // [strips], zero: how many blocks of the strip have finished
+  int64_t first_block;
+  int64_t channels;
+  int64_t inner;
+  // Where channels are runs: the rows of the tensor. Where they are columns, rows of row_elements
+  // elements that follow one another without gaps, the last one possibly shorter.
+  int64_t rows;
+  int64_t row_elements;
+  int64_t elements_in_all;
+  int64_t rows_per_chunk;
+  int64_t run_per_chunk;  // runs: a channel's share of a row
+  int64_t run_chunks;
+  int64_t chunks;
+  int64_t strips;
+  int lanes;               // runs: threads side by side along a run; columns: along a strip
+  int groups;              // groups of lanes, each with rows of its own
+  int channels_per_strip;  // columns: of one row of the tensor
+  int columns_per_strip;   // columns
+  bool runs;
+  bool aligned;  // rows begin where vectors can
+  bool counts;   // how many elements are not zero, whatever the order
+};
+
+struct WriteTask {
+  WriteItem item;
+  int64_t elements;
+  int64_t tiles;
+  int64_t first_block;
+  bool aligned;
+};
+
+// One launch: tasks of one dtype, or, in the rank step, of any dtypes of eight bits.
+template <class Task>
+struct Batch {
+  ElementType type;
+  std::vector<Task> tasks;
+  int64_t blocks = 0;
+};
+
+class Launches {
+ public:
+  explicit Launches(const Steps& steps);
+
+  // Device memory that the launches need, and how much of it is the table at its beginning.
+  size_t bytes() const { return bytes_; }
+  size_t table_bytes() const { return table_bytes_; }
+
+  // The table, to be copied from `host` to `device` before the launches on the same stream.
+  void write_table(void* host, void* device) const;
+
+  // Enqueues the kernels. `device` holds the table.
+  cudaError_t run(void* device, cudaStream_t stream) const;
+
+ private:
+  std::vector<Batch<RankTask>> ranks_;
+  std::vector<SelectItem> selections_;
+  std::vector<Batch<WriteTask>> writes_;
+  std::vector<ElementType> float8_types_;
+  NormOrder order_;
+  size_t tickets_at_ = 0;
+  size_t table_bytes_ = 0;
+  size_t bytes_ = 0;
+};
+
+// The kernels of each step, on tables in device memory.
+cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks, int count,
+                        int64_t blocks, cudaStream_t stream);
+cudaError_t launch_select(const SelectItem* items, int64_t count, cudaStream_t stream);
+cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
+                         cudaStream_t stream);
+
+// Elements of a tile of the write step: what one block writes.
+int64_t write_tile(ElementType type);
+
+}  // namespace lnprune::cuda

@@ -1,0 +1,407 @@
+// The rank step on CUDA: a block reduces one strip of channels over one chunk of rows, and the last
+// block of a strip folds its chunks.
+//
+// An element's accumulator and the order of every fold follow from its index, never from alignment
+// or from which block is last. Where 16-byte loads are not aligned, threads load elements one by
+// one, side by side, and sort the accumulators afterwards.
+#include "../lp_norm.h"
+#include "launches.h"
+
+namespace lnprune::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// Vectors that a thread loads before it adds.
+constexpr int kVectorLoads = 4;
+
+template <class T>
+struct RealOf {
+  using Type = float;
+};
+template <>
+struct RealOf<double> {
+  using Type = double;
+};
+
+template <class T>
+constexpr int kVectorBytes = rank_vector_bytes(sizeof(T));
+template <class T>
+constexpr int kLength = kVectorBytes<T> / sizeof(T);
+
+// Eight bits of any format, with the 256 floats that they stand for.
+struct Float8 {
+  uint8_t bits;
+};
+
+__device__ __forceinline__ double widen(double x, const float*) { return x; }
+__device__ __forceinline__ float widen(float x, const float*) { return x; }
+__device__ __forceinline__ float widen(c10::Half x, const float*) { return static_cast<float>(x); }
+__device__ __forceinline__ float widen(c10::BFloat16 x, const float*) {
+  return bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
+}
+__device__ __forceinline__ float widen(Float8 x, const float* values) {
+  return load_cached(values + x.bits);
+}
+
+__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Adds `count` vectors that lie `stride` elements apart; each element to the slot of its place.
+template <class Norm, class T>
+__device__ __forceinline__ void add_vectors(const Norm& norm, const T* elements, int64_t stride,
+                                            int count, const float* values,
+                                            typename Norm::Accumulator (&slots)[kLength<T>]) {
+#pragma unroll 1
+  for (int i = 0; i < count; i += kVectorLoads) {
+    Vector<T, kVectorBytes<T>> loaded[kVectorLoads];
+#pragma unroll
+    for (int u = 0; u < kVectorLoads; ++u) {
+      if (i + u < count) loaded[u] = load_vector<kVectorBytes<T>>(elements + u * stride);
+    }
+#pragma unroll
+    for (int u = 0; u < kVectorLoads; ++u) {
+      if (i + u < count) {
+#pragma unroll
+        for (int s = 0; s < kLength<T>; ++s) {
+          slots[s] = norm.map(slots[s], widen(loaded[u].elements[s], values));
+        }
+      }
+    }
+    elements += kVectorLoads * stride;
+  }
+}
+
+// Adds the elements of [begin, end) among those at `elements`, `step` apart, to the slots of their
+// numbers.
+template <class Norm, class T>
+__device__ __forceinline__ void add_elements(const Norm& norm, const T* elements, int step,
+                                             int64_t begin, int64_t end, const float* values,
+                                             typename Norm::Accumulator (&slots)[kLength<T>]) {
+#pragma unroll
+  for (int s = 0; s < kLength<T>; ++s) {
+    if (s >= begin && s < end) slots[s] = norm.map(slots[s], widen(load(elements), values));
+    elements += step;
+  }
+}
+
+// Folds one value of each of `team` neighbouring threads, a power of two; the first of them gets
+// the result. `shared` has room for one value per warp.
+template <class Norm>
+__device__ __forceinline__ typename Norm::Partial fold_team(const Norm& norm,
+                                                            typename Norm::Partial value, int team,
+                                                            typename Norm::Partial* shared) {
+  const int within = team < kWarp ? team : kWarp;
+#pragma unroll 1
+  for (int distance = 1; distance < within; distance *= 2) {
+    value = norm.combine(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  if (team > kWarp) {
+    const int warp = threadIdx.x / kWarp;
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) shared[warp] = value;
+    __syncthreads();
+    if (threadIdx.x % team == 0) {
+#pragma unroll 1
+      for (int w = 1; w < team / kWarp; ++w) value = norm.combine(value, shared[warp + w]);
+    }
+  }
+  return value;
+}
+
+// Where a channel's partial goes, and whether this block is the last of the strip and so has all
+// partials to fold. Every thread of the block calls it.
+template <class Norm>
+__device__ __forceinline__ void put(const RankTask& task, const Norm& norm, int64_t chunk,
+                                    int64_t channel, typename Norm::Partial partial) {
+  if (task.chunks == 1) {
+    store(task.norms + channel, norm.project(partial));
+  } else {
+    auto* partials = reinterpret_cast<typename Norm::Partial*>(task.partials);
+    store(partials + chunk * task.channels + channel, partial);
+  }
+}
+
+__device__ __forceinline__ bool is_last_of_strip(const RankTask& task, int64_t strip,
+                                                 int* shared_last) {
+  if (task.chunks == 1) return false;
+  // The partials of every thread are visible before its block's ticket is drawn.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *shared_last = atomicAdd(task.tickets + strip, 1u) == static_cast<unsigned>(task.chunks - 1);
+  }
+  __syncthreads();
+  __threadfence();
+  return *shared_last != 0;
+}
+
+template <class Norm>
+__device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& task, int64_t chunk,
+                                                             int64_t channel) {
+  const auto* partials = reinterpret_cast<const typename Norm::Partial*>(task.partials);
+  return load_from_other_blocks(partials + chunk * task.channels + channel);
+}
+
+// Channels are runs: a team of lanes * groups threads for each channel of the strip. A lane adds
+// every lanes-th vector of a run to slots, one for each place in a vector.
+//
+// Where a run begins within a vector, `shift` elements after its start, the vectors at both ends
+// are taken element by element, and what belongs to one slot of one lane lies `shift` slots further
+// on. That is put right when all is added, so that the sums are those of a run without a shift.
+template <class Norm, class T>
+__device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm, int64_t strip,
+                                          int64_t chunk, typename Norm::Partial* shared,
+                                          int* shared_last) {
+  using Partial = typename Norm::Partial;
+  constexpr int L = kLength<T>;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int team = task.lanes * task.groups;
+  const int lane = thread % task.lanes;
+  const int64_t channel = strip * task.channels_per_strip + thread / team;
+
+  typename Norm::Accumulator slots[L];
+#pragma unroll
+  for (int s = 0; s < L; ++s) slots[s] = norm.identity();
+  int shift = 0;
+  if (channel < task.channels) {
+    const int64_t begin = chunk % task.run_chunks * task.run_per_chunk;
+    const int64_t first_row = chunk / task.run_chunks * task.rows_per_chunk;
+    const int64_t end_row = smaller(first_row + task.rows_per_chunk, task.rows);
+    int64_t row = first_row + thread % team / task.lanes;
+    const T* run = static_cast<const T*>(task.elements) + row * task.row_elements +
+                   channel * task.inner + begin;
+    // The same in every row: all rows of a chunk begin alike.
+    shift = static_cast<int>(reinterpret_cast<uintptr_t>(run) % kVectorBytes<T> / sizeof(T));
+    run -= shift;
+    const int end = static_cast<int>(smaller(task.run_per_chunk, task.inner - begin)) + shift;
+    const int first = shift > 0 && lane == 0 ? task.lanes : lane;
+    const int vectors = (end / L - first + task.lanes - 1) / task.lanes;
+#pragma unroll 1
+    for (; row < end_row; row += task.groups) {
+      if (first != lane) add_elements(norm, run, 1, shift, end, task.float8_values, slots);
+      add_vectors(norm, run + first * L, task.lanes * L, vectors, task.float8_values, slots);
+      const int last = first + (vectors > 0 ? vectors : 0) * task.lanes;
+      if (last == end / L) {
+        add_elements(norm, run + last * L, 1, 0, end - last * L, task.float8_values, slots);
+      }
+      run += task.groups * task.row_elements;
+    }
+  }
+
+  Partial partials[L];
+#pragma unroll
+  for (int s = 0; s < L; ++s) partials[s] = norm.partial(slots[s]);
+  if (!task.aligned) {
+    Partial* group_slots = shared + (thread - lane) * L;
+    const int mask = task.lanes * L - 1;
+#pragma unroll
+    for (int s = 0; s < L; ++s) group_slots[(lane * L + s - shift) & mask] = partials[s];
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < L; ++s) partials[s] = shared[thread * L + s];
+    __syncthreads();
+  }
+#pragma unroll
+  for (int width = 1; width < L; width *= 2) {
+#pragma unroll
+    for (int s = 0; s < L; s += 2 * width)
+      partials[s] = norm.combine(partials[s], partials[s + width]);
+  }
+  const Partial total = fold_team(norm, partials[0], team, shared);
+  const bool first_of_team = thread % team == 0 && channel < task.channels;
+  if (first_of_team) put(task, norm, chunk, channel, total);
+
+  if (!is_last_of_strip(task, strip, shared_last)) return;
+  Partial sum = norm.partial(norm.identity());
+  if (channel < task.channels) {
+#pragma unroll 1
+    for (int64_t c = thread % team; c < task.chunks; c += team) {
+      sum = norm.combine(sum, partial_of<Norm>(task, c, channel));
+    }
+  }
+  sum = fold_team(norm, sum, team, shared);
+  if (first_of_team) store(task.norms + channel, norm.project(sum));
+}
+
+// Channels are columns: lanes own vectors of columns, groups of lanes own rows.
+template <class Norm, class T>
+__device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& norm, int64_t strip,
+                                             int64_t chunk, typename Norm::Partial* shared,
+                                             int* shared_last) {
+  using Partial = typename Norm::Partial;
+  constexpr int L = kLength<T>;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % task.lanes;
+  const int group = thread / task.lanes;
+  const int64_t first_column = strip * task.columns_per_strip;
+  const int columns =
+      static_cast<int>(smaller(task.columns_per_strip, task.row_elements - first_column));
+  // The columns of the thread: side by side in one vector, or `lanes` apart.
+  const int step = task.aligned ? 1 : task.lanes;
+  const int column = task.aligned ? lane * L : lane;
+
+  typename Norm::Accumulator slots[L];
+#pragma unroll
+  for (int s = 0; s < L; ++s) slots[s] = norm.identity();
+  if (group < task.groups && column < columns) {
+    // Where merged rows do not divide the tensor, the last row is short.
+    const int64_t full_rows = task.elements_in_all / task.row_elements;
+    const int64_t end_row = smaller((chunk + 1) * task.rows_per_chunk, full_rows);
+    int64_t row = chunk * task.rows_per_chunk + group;
+    const T* elements =
+        static_cast<const T*>(task.elements) + row * task.row_elements + first_column + column;
+    const int64_t stride = task.groups * task.row_elements;
+    if (task.aligned && row < end_row) {
+      const int rows = static_cast<int>((end_row - row + task.groups - 1) / task.groups);
+      add_vectors(norm, elements, stride, rows, task.float8_values, slots);
+      row += rows * task.groups;
+      elements += rows * stride;
+    }
+    const int64_t rows_with_short_one = smaller((chunk + 1) * task.rows_per_chunk, task.rows);
+#pragma unroll 1
+    for (; row < rows_with_short_one; row += task.groups) {
+      const int64_t end =
+          smaller(columns, task.elements_in_all - row * task.row_elements - first_column);
+      add_elements(norm, elements, step, 0, (end - column + step - 1) / step, task.float8_values,
+                   slots);
+      elements += stride;
+    }
+#pragma unroll
+    for (int s = 0; s < L; ++s) {
+      // Neighbouring threads write neighbouring places: no two of a warp meet in one bank.
+      const int c = column + s * step;
+      if (c < columns)
+        shared[c % L * kThreads + group * task.lanes + c / L] = norm.partial(slots[s]);
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int c = thread; c < columns; c += kThreads) {
+    Partial* sums = shared + c % L * kThreads + c / L;
+    Partial sum = sums[0];
+#pragma unroll 1
+    for (int g = 1; g < task.groups; ++g) sum = norm.combine(sum, sums[g * task.lanes]);
+    sums[0] = sum;
+  }
+  __syncthreads();
+
+  // A channel's columns are `inner` side by side, in each of the rows that a merged row holds.
+  const int64_t first_channel = strip * task.channels_per_strip;
+  const int channels =
+      static_cast<int>(smaller(task.channels_per_strip, task.channels - first_channel));
+  const int inner = static_cast<int>(task.inner);
+  const int row_columns = static_cast<int>(smaller(task.channels * task.inner, columns));
+#pragma unroll 1
+  for (int c = thread; c < channels; c += kThreads) {
+    Partial sum = norm.partial(norm.identity());
+#pragma unroll 1
+    for (int start = c * inner; start < columns; start += row_columns) {
+#pragma unroll 1
+      for (int i = start; i < start + inner; ++i) {
+        sum = norm.combine(sum, shared[i % L * kThreads + i / L]);
+      }
+    }
+    put(task, norm, chunk, first_channel + c, sum);
+  }
+
+  if (!is_last_of_strip(task, strip, shared_last)) return;
+  // From the width of a full strip, so that the last strip folds in the same order.
+  const int width = task.channels_per_strip < kThreads ? task.channels_per_strip : kThreads;
+  const int helpers = kThreads / width;
+#pragma unroll 1
+  for (int first = 0; first < channels; first += width) {
+    const int c = first + thread % width;
+    const int helper = thread / width;
+    Partial sum = norm.partial(norm.identity());
+    if (helper < helpers && c < channels) {
+#pragma unroll 1
+      for (int64_t k = helper; k < task.chunks; k += helpers) {
+        sum = norm.combine(sum, partial_of<Norm>(task, k, first_channel + c));
+      }
+    }
+    __syncthreads();
+    shared[thread] = sum;
+    __syncthreads();
+    if (helper == 0 && c < channels) {
+#pragma unroll 1
+      for (int h = 1; h < helpers; ++h) sum = norm.combine(sum, shared[h * width + thread]);
+      store(task.norms + first_channel + c, norm.project(sum));
+    }
+  }
+}
+
+template <class Norm, class T>
+__device__ __forceinline__ void rank_block(const RankTask& task, double p, uint64_t* shared,
+                                           int* shared_last) {
+  static_assert(sizeof(typename Norm::Partial) == 8, "partials lie 8 bytes apart");
+  const Norm norm(p);
+  const int64_t block = blockIdx.x - task.first_block;
+  const int64_t strip = block % task.strips;
+  const int64_t chunk = block / task.strips;
+  auto* partials = reinterpret_cast<typename Norm::Partial*>(shared);
+  if (task.runs) {
+    rank_runs<Norm, T>(task, norm, strip, chunk, partials, shared_last);
+  } else {
+    rank_columns<Norm, T>(task, norm, strip, chunk, partials, shared_last);
+  }
+}
+
+// Blocks that a multiprocessor should hold at once, which caps the registers: what a thread holds
+// grows with the elements of a vector and with the work of each.
+template <class Norm, class T>
+constexpr int kBlocks = Norm::kCostly || sizeof(T) == 1 || std::is_same_v<T, c10::BFloat16> ? 2 : 3;
+
+template <template <class> class Norm, class T>
+__global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Type>, T>)
+    rank_kernel(const RankTask* tasks, int count, double p) {
+  using Real = typename RealOf<T>::Type;
+  LNPRUNE_SHARED(uint64_t, shared, kThreads* kLength<T>);
+  LNPRUNE_SHARED(RankTask, task, 1);
+  LNPRUNE_SHARED(int, shared_last, 1);
+  if (threadIdx.x == 0) {
+    int low = 0;
+#pragma unroll 1
+    for (int high = count; high - low > 1;) {
+      const int middle = (low + high) / 2;
+      (load_cached(&tasks[middle].first_block) <= blockIdx.x ? low : high) = middle;
+    }
+    task[0] = load_cached(tasks + low);
+  }
+  __syncthreads();
+  if constexpr (!std::is_same_v<Norm<Real>, NonzeroCount<Real>>) {
+    if (!task->counts) {
+      rank_block<Norm<Real>, T>(*task, p, shared, shared_last);
+      return;
+    }
+  }
+  rank_block<NonzeroCount<Real>, T>(*task, 0, shared, shared_last);
+}
+
+using Kernel = void (*)(const RankTask*, int, double);
+
+template <class T>
+Kernel kernel_of(NormKind kind) {
+  constexpr Kernel kKernels[kNormKinds] = {
+      rank_kernel<NonzeroCount, T>, rank_kernel<Sum, T>,     rank_kernel<SumOfSquares, T>,
+      rank_kernel<Maximum, T>,      rank_kernel<Minimum, T>, rank_kernel<HalfIntegerPowerSum, T>,
+      rank_kernel<PowerSum, T>};
+  return kKernels[static_cast<int>(kind)];
+}
+
+Kernel kernel_of(ElementType type, NormKind kind) {
+  switch (type) {
+    case ElementType::float64: return kernel_of<double>(kind);
+    case ElementType::float32: return kernel_of<float>(kind);
+    case ElementType::float16: return kernel_of<c10::Half>(kind);
+    case ElementType::bfloat16: return kernel_of<c10::BFloat16>(kind);
+    default: return kernel_of<Float8>(kind);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks, int count,
+                        int64_t blocks, cudaStream_t stream) {
+  return launch(kernel_of(type, order.kind), blocks, kThreads, stream, tasks, count, order.p);
+}
+
+}  // namespace lnprune::cuda

@@ -1,0 +1,76 @@
+// The ops on the emulated GPU, for CPU tensors, under a name of their own; and the emulation's
+// knobs.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <mutex>
+
+#include "../../csrc/cuda/launches.h"
+#include "../../csrc/ops.h"
+
+namespace lnprune {
+namespace {
+
+struct EmulatedBackend {
+  static int32_t device_type() { return aoti_torch_device_type_cpu(); }
+
+  static void run(int32_t, const Steps& steps) {
+    static std::mutex one_launch_at_a_time;
+    const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+    const cuda::Launches launches(steps);
+    Scratch memory(0, launches.bytes());
+    std::vector<char> table(launches.table_bytes());
+    launches.write_table(table.data(), memory.data());
+    std::memcpy(memory.data(), table.data(), table.size());
+    const cudaError_t error = launches.run(memory.data(), nullptr);
+    STD_TORCH_CHECK(error == cudaSuccess, "emulated launch: ", emulation::error_message());
+  }
+
+  // As little is known of fresh memory on a GPU.
+  class Scratch {
+   public:
+    Scratch(int32_t, size_t bytes) : bytes_((bytes + 7) / 8, 0xfff4deadbeefdeadull) {}
+    void* data() { return bytes_.data(); }
+
+   private:
+    std::vector<uint64_t> bytes_;
+  };
+
+  static void prepare_output(void*, size_t) {}
+};
+
+pybind11::dict read_meter() {
+  const emulation::Meter& meter = emulation::meter();
+  pybind11::dict found;
+  found["launches"] = meter.launches;
+  found["bytes_read"] = meter.bytes_read;
+  found["bytes_written"] = meter.bytes_written;
+  found["sectors_read"] = meter.sectors_read;
+  found["sectors_written"] = meter.sectors_written;
+  found["cached_sectors"] = meter.cached_sectors;
+  return found;
+}
+
+}  // namespace
+}  // namespace lnprune
+
+STABLE_TORCH_LIBRARY(LNPRUNE_EMULATED_NAMESPACE, library) { lnprune::define_ops(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(LNPRUNE_EMULATED_NAMESPACE, CPU, library) {
+  LNPRUNE_IMPLEMENT_OPS(library, lnprune::EmulatedBackend);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("set_schedule", [](int schedule, uint64_t seed) {
+    lnprune::emulation::set_schedule(static_cast<lnprune::emulation::Schedule>(schedule), seed);
+  });
+  m.attr("schedules") = lnprune::emulation::kSchedules;
+  m.def("start_metering", [] {
+    lnprune::emulation::meter() = {};
+    lnprune::emulation::set_metering(true);
+  });
+  m.def("stop_metering", [] {
+    lnprune::emulation::set_metering(false);
+    return lnprune::read_meter();
+  });
+}
