@@ -1,13 +1,20 @@
-"""Builds lnprune._C, the native library. Everything else stands in pyproject.toml."""
+"""Builds the native libraries, lnprune._C and, for a torch with CUDA, lnprune._C_cuda."""
 
 import os
 import shutil
 
-import pybind11
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-# The oldest torch whose stable ABI the library needs: built against any newer one, it loads in all.
+try:
+    import pybind11
+
+    INCLUDES = [pybind11.get_include()]
+except ImportError:
+    INCLUDES = []  # torch brings the headers too
+
+# The oldest torch whose stable ABI the libraries need: built against any newer one, they load in all.
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 
 COMPILE_FLAGS = [
@@ -27,33 +34,36 @@ if os.environ.get("LNPRUNE_SANITIZE"):
     COMPILE_FLAGS += [*SANITIZE, "-fno-omit-frame-pointer"]
     LINK_FLAGS += SANITIZE
 
-SOURCES = [
-    "csrc/ops.cpp",
-    "csrc/cpu/instruction_sets.cpp",
-    "csrc/cpu/loops_baseline.cpp",
-    "csrc/cpu/loops_x86_64_v3.cpp",
-    "csrc/cpu/loops_x86_64_v4.cpp",
-    "csrc/cpu/masks.cpp",
-    "csrc/cpu/norms.cpp",
-    "csrc/cpu/topk.cpp",
+CPU_SOURCES = [
+    *("csrc/ops.cpp", "csrc/cpu/instruction_sets.cpp", "csrc/cpu/loops_baseline.cpp"),
+    *("csrc/cpu/loops_x86_64_v3.cpp", "csrc/cpu/loops_x86_64_v4.cpp"),
+    *("csrc/cpu/masks.cpp", "csrc/cpu/norms.cpp", "csrc/cpu/topk.cpp"),
 ]
+CUDA_SOURCES = ["ops_cuda.cpp", "launches.cpp", "norms.cu", "topk.cu", "masks.cu", "upload.cu"]
+# -fmad is nvcc's name for contraction.
+NVCC_FLAGS = [COMPILE_FLAGS[0], "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
 
 COMPILER = os.environ.get("CXX", "c++")
 if shutil.which(COMPILER) is None:
     raise SystemExit(
         f"lnprune is built from C++ source and found no compiler: {COMPILER} is not on the PATH. "
-        "Install one that knows C++20 (Debian: apt-get install g++), or name one in CXX, and repeat."
+        "Install one that knows C++17 (Debian: apt-get install g++), or name one in CXX, and repeat."
     )
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "lnprune._C",
-            SOURCES,
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=COMPILE_FLAGS,
-            extra_link_args=LINK_FLAGS,
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+EXTENSIONS = [
+    CppExtension(
+        "lnprune._C",
+        CPU_SOURCES,
+        include_dirs=INCLUDES,
+        extra_compile_args=COMPILE_FLAGS,
+        extra_link_args=LINK_FLAGS,
+    )
+]
+if torch.version.cuda is not None and CUDA_HOME is not None:
+    flags = {"cxx": [*COMPILE_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
+    sources = [f"csrc/cuda/{name}" for name in CUDA_SOURCES]
+    EXTENSIONS.append(CUDAExtension("lnprune._C_cuda", sources, extra_compile_args=flags))
+elif torch.version.cuda is not None:
+    print("lnprune: torch has CUDA but no nvcc was found (CUDA_HOME names its folder): for the CPU only")
+
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension})

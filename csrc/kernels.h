@@ -61,8 +61,8 @@ struct WriteItem {
   Slices slices;
 };
 
-// What one call asks for on one device. Lists that are empty ask for nothing; the others run in this
-// order, each reading what those before it wrote.
+// What one call asks for on one device. Lists that are empty ask for nothing; the others run in
+// this order, each reading what those before it wrote.
 struct Steps {
   std::vector<RankItem> scores;
   NormOrder order{NormKind::count, 0};  // of the scores

@@ -12,12 +12,20 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "kernels.h"
+
+// The check of torch's C functions, by its name in this torch or in 2.11's.
+#if defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define LNPRUNE_CHECK_CODE(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define LNPRUNE_CHECK_CODE(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace lnprune {
 
@@ -237,8 +245,8 @@ class Ops {
   static int32_t device_of(const Tensor& tensor) {
     int32_t type = 0;
     int32_t index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    LNPRUNE_CHECK_CODE(aoti_torch_get_device_type(tensor.get(), &type));
+    LNPRUNE_CHECK_CODE(aoti_torch_get_device_index(tensor.get(), &index));
     STD_TORCH_CHECK(type == Backend::device_type(),
                     "lnprune: expected all tensors of a call on devices of one type");
     return index;
@@ -254,8 +262,8 @@ class Ops {
   static Tensor new_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides,
                            int32_t dtype, int32_t device) {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dims, sizes, strides, dtype, Backend::device_type(), device, &handle));
+    LNPRUNE_CHECK_CODE(aoti_torch_empty_strided(dims, sizes, strides, dtype, Backend::device_type(),
+                                                device, &handle));
     return Tensor(handle);
   }
 
@@ -268,7 +276,7 @@ class Ops {
   static Tensor new_like(const View& view) {
     constexpr int64_t kLarge = int64_t{4} << 20;
     int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(view.tensor.get(), &dtype));
+    LNPRUNE_CHECK_CODE(aoti_torch_get_dtype(view.tensor.get(), &dtype));
     const auto sizes = view.tensor.sizes();
     Tensor tensor = new_tensor(static_cast<int64_t>(sizes.size()), sizes.data(),
                                view.tensor.strides().data(), dtype, view.device);
@@ -310,7 +318,7 @@ class Ops {
     views.reserve(masks.size());
     for (size_t i = 0; i < masks.size(); ++i) {
       STD_TORCH_CHECK(masks[i].scalar_type() == scores[i].tensor.scalar_type() &&
-                          masks[i].sizes() == scores[i].tensor.sizes(),
+                          same_values(masks[i].sizes(), scores[i].tensor.sizes()),
                       "lnprune: expected a mask of the shape and dtype of the scores");
       check_device(masks[i], scores[i].device, "the mask");
       // A repeated mask is contiguous whatever the layout of the one before.
@@ -319,9 +327,14 @@ class Ops {
     return views;
   }
 
+  template <class Array>
+  static bool same_values(const Array& a, const Array& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end());
+  }
+
   static bool same_layout(const Tensor& a, const Tensor& b) {
-    return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
-           a.strides() == b.strides();
+    return a.scalar_type() == b.scalar_type() && same_values(a.sizes(), b.sizes()) &&
+           same_values(a.strides(), b.strides());
   }
 
   static NormOrder checked_order(double p) {

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "are_native",
     "build_info",
     "channel_norms",
+    "has_cuda",
     "is_native",
     "prune_channels",
     "select_channels",
@@ -34,18 +39,56 @@ def _load() -> dict[str, str]:
     return _C.build_info()
 
 
+def _load_cuda() -> str:
+    """Registers the CUDA kernels where there are any; says which version of CUDA, or why not."""
+    if torch.version.cuda is None:
+        return "not loaded: this torch has no CUDA"
+    libraries = sorted(pathlib.Path(__file__).parent.glob("_C_cuda*.so"))
+    if not libraries:
+        return "not built"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+        version = ctypes.CDLL(str(libraries[0])).lnprune_cuda_version()
+    except OSError as error:
+        return f"not loaded: {error}"
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 _BUILD_INFO = _load()
+_BUILD_INFO["cuda"] = _load_cuda()
+_HAS_CUDA = not _BUILD_INFO["cuda"].startswith("not ")
 
 
 def build_info() -> dict[str, str]:
-    """What the native library was built with, and the instruction set that it runs with.
+    """What the native libraries were built with, and the instruction set that the CPU's runs with.
 
     Example:
         >>> import lnprune
         >>> sorted(lnprune.ops.build_info())
-        ['compiler', 'instruction_set', 'torch']
+        ['compiler', 'cuda', 'instruction_set', 'torch']
     """
     return dict(_BUILD_INFO)
+
+
+def has_cuda() -> bool:
+    """Whether the CUDA kernels are loaded; without them, CUDA tensors go through plain torch.
+
+    Example:
+        >>> import lnprune
+        >>> lnprune.ops.has_cuda() == (not lnprune.ops.build_info()["cuda"].startswith("not "))
+        True
+    """
+    return _HAS_CUDA
+
+
+@functools.cache
+def _warn_of_plain_torch() -> None:
+    warnings.warn(
+        f"lnprune has no CUDA kernels here (CUDA: {_BUILD_INFO['cuda']}; library built with torch "
+        f"{_BUILD_INFO['torch']}, running: torch {torch.__version__}): CUDA tensors go through plain "
+        f"torch. To build them, with nvcc installed, in the source folder: {_REBUILD}",
+        stacklevel=2,
+    )
 
 
 _NATIVE_DTYPES = frozenset(
@@ -65,13 +108,21 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def is_native(tensor: Tensor) -> bool:
     """Whether the native code takes this tensor; others go through :mod:`lnprune.reference`."""
-    return (
+    if not (
         type(tensor) in _PLAIN_TYPES
-        and tensor.is_cpu
         and tensor.dtype in _NATIVE_DTYPES
         and tensor.layout is torch.strided
         and tensor.numel() > 0
-    )
+    ):
+        return False
+    if tensor.is_cuda and not _HAS_CUDA:
+        _warn_of_plain_torch()
+    return tensor.is_cpu or (tensor.is_cuda and _HAS_CUDA)
+
+
+def are_native(a: Tensor, b: Tensor) -> bool:
+    """Whether the native code takes these two together: both native, on one device."""
+    return is_native(a) and (a is b or (is_native(b) and a.device == b.device))
 
 
 # No op has a derivative: autograd is passed by, so that inputs need no detaching.

@@ -1,6 +1,5 @@
 // The select step on the CPU: the cut of each ranking by histograms of its keys.
 #include <algorithm>
-#include <bit>
 #include <functional>
 #include <vector>
 
@@ -28,14 +27,15 @@ Cut find_cut(std::vector<RankingKey>& keys, int64_t kept) {
       low = std::min(low, key);
       high = std::max(high, key);
     }
-    const int bits = std::bit_width(high - low);
-    if (bits == 0) return {low, kept};
-    const int shift = std::max(0, bits - kBucketBits);
+    if (low == high) return {low, kept};
+    int shift = 0;
+    while ((high - low) >> shift >> kBucketBits != 0) ++shift;
     int64_t counts[1 << kBucketBits] = {};
     for (RankingKey key : keys) ++counts[(key - low) >> shift];
     size_t bucket = (high - low) >> shift;
     for (; kept > counts[bucket]; --bucket) kept -= counts[bucket];
-    std::erase_if(keys, [=](RankingKey key) { return (key - low) >> shift != bucket; });
+    const auto outside = [=](RankingKey key) { return (key - low) >> shift != bucket; };
+    keys.erase(std::remove_if(keys.begin(), keys.end(), outside), keys.end());
   }
   std::nth_element(keys.begin(), keys.begin() + (kept - 1), keys.end(), std::greater<>());
   const RankingKey threshold = keys[kept - 1];

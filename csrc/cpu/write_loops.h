@@ -8,7 +8,7 @@ constexpr int64_t kWriteBlock = 8192 / sizeof(T);
 
 // Flag<T>::times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where that is
 // faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
-template <class T>
+template <class T, size_t kBytes = sizeof(T)>
 struct Flag {
   using Bits = T;
   static constexpr bool kOnBits = false;
@@ -49,8 +49,7 @@ struct ProductTable {
 };
 
 template <class T>
-  requires(sizeof(T) == 1)
-struct Flag<T> {
+struct Flag<T, 1> {
   using Bits = uint8_t;
   static constexpr bool kOnBits = true;
   inline static const ProductTable<T> kTable{};

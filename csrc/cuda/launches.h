@@ -93,6 +93,9 @@ cudaError_t launch_select(const SelectItem* items, int64_t count, cudaStream_t s
 cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
                          cudaStream_t stream);
 
+// Copies a table, a multiple of 8 bytes, to the device by launches that carry it as parameters.
+cudaError_t upload(const void* host, size_t bytes, void* device, cudaStream_t stream);
+
 // Elements of a tile of the write step: what one block writes.
 int64_t write_tile(ElementType type);
 

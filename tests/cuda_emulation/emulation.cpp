@@ -53,6 +53,7 @@ struct Fiber {
 struct Block {
   unsigned index = 0;
   bool running = false;
+  unsigned laggard = 0;  // the warp that runs last in a shuffled order
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::map<std::tuple<std::string, int, size_t>, std::vector<uint64_t>> shared;
   std::vector<std::vector<uint64_t>> exchanged;  // per warp, the values of its last exchange
@@ -124,6 +125,10 @@ void put_in_order(std::vector<T>& sequence) {
   }
 }
 
+void choose_laggard(Block& block) {
+  block.laggard = static_cast<unsigned>(random_bits() % block.exchanged.size());
+}
+
 void start(Block& block, unsigned index, int threads) {
   block.index = index;
   block.running = true;
@@ -131,6 +136,7 @@ void start(Block& block, unsigned index, int threads) {
     std::memset(memory.data(), kGarbage, memory.size() * sizeof(uint64_t));
   }
   block.exchanged.assign((threads + kWarp - 1) / kWarp, std::vector<uint64_t>(kWarp));
+  choose_laggard(block);
   while (static_cast<int>(block.fibers.size()) < threads) {
     block.fibers.push_back(std::make_unique<Fiber>());
   }
@@ -186,6 +192,7 @@ bool release(Block& block) {
   bool released = false;
   if (all_wait(block, 0, threads, State::at_block_barrier)) {
     for (auto& fiber : block.fibers) fiber->state = State::ready;
+    choose_laggard(block);
     released = true;
   }
   for (size_t begin = 0; begin < threads; begin += kWarp) {
@@ -200,12 +207,17 @@ bool release(Block& block) {
   return released;
 }
 
-// One turn of every thread that can run.
+// One turn of every thread that can run; in a shuffled order one warp waits until no other can.
 void turn(Block& block) {
   std::vector<Fiber*> ready;
+  std::vector<Fiber*> late;
   for (auto& fiber : block.fibers) {
-    if (fiber->state == State::ready) ready.push_back(fiber.get());
+    if (fiber->state != State::ready) continue;
+    const bool lags =
+        schedule_kind == Schedule::shuffled && fiber->thread / kWarp == block.laggard;
+    (lags ? late : ready).push_back(fiber.get());
   }
+  if (ready.empty()) ready.swap(late);
   put_in_order(ready);
   for (Fiber* fiber : ready) {
     resume(*fiber);
@@ -214,7 +226,7 @@ void turn(Block& block) {
   const auto done = [](const auto& fiber) { return fiber->state == State::done; };
   if (std::all_of(block.fibers.begin(), block.fibers.end(), done)) {
     finish(block);
-  } else if (!release(block)) {
+  } else if (!release(block) && late.empty()) {
     const Fiber& first = *block.fibers[0];
     for (const auto& fiber : block.fibers) {
       if (fiber->state != first.state || fiber->line != first.line) {

@@ -11,6 +11,9 @@
 namespace lnprune {
 namespace {
 
+// As on a stream that records a graph: tables travel as parameters of launches.
+bool recording = false;
+
 struct EmulatedBackend {
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
@@ -19,10 +22,15 @@ struct EmulatedBackend {
     const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
     const cuda::Launches launches(steps);
     Scratch memory(0, launches.bytes());
-    std::vector<char> table(launches.table_bytes());
+    std::vector<char> table(launches.table_bytes(), '\xa5');
     launches.write_table(table.data(), memory.data());
-    std::memcpy(memory.data(), table.data(), table.size());
-    const cudaError_t error = launches.run(memory.data(), nullptr);
+    cudaError_t error = cudaSuccess;
+    if (recording) {
+      error = cuda::upload(table.data(), table.size(), memory.data(), nullptr);
+    } else {
+      std::memcpy(memory.data(), table.data(), table.size());
+    }
+    if (error == cudaSuccess) error = launches.run(memory.data(), nullptr);
     STD_TORCH_CHECK(error == cudaSuccess, "emulated launch: ", emulation::error_message());
   }
 
@@ -64,6 +72,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_schedule", [](int schedule, uint64_t seed) {
     lnprune::emulation::set_schedule(static_cast<lnprune::emulation::Schedule>(schedule), seed);
   });
+  m.def("set_recording", [](bool on) { lnprune::recording = on; });
   m.attr("schedules") = lnprune::emulation::kSchedules;
   m.def("start_metering", [] {
     lnprune::emulation::meter() = {};
