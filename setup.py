@@ -59,11 +59,16 @@ EXTENSIONS = [
         extra_link_args=LINK_FLAGS,
     )
 ]
-if torch.version.cuda is not None and CUDA_HOME is not None:
+# Where nvcc lies in a folder without its headers, CUDA_HOME has to name the one that holds both.
+HAS_CUDA = os.path.exists(os.path.join(CUDA_HOME or "", "include", "cuda_runtime.h"))
+if torch.version.cuda is not None and HAS_CUDA:
     flags = {"cxx": [*COMPILE_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
     sources = [f"csrc/cuda/{name}" for name in CUDA_SOURCES]
     EXTENSIONS.append(CUDAExtension("lnprune._C_cuda", sources, extra_compile_args=flags))
 elif torch.version.cuda is not None:
-    print("lnprune: torch has CUDA but no nvcc was found (CUDA_HOME names its folder): for the CPU only")
+    print(
+        "lnprune: built for the CPU only. torch has CUDA, but no toolkit was found: "
+        f"CUDA_HOME is {CUDA_HOME}, and has to be the folder that holds bin/nvcc, include and lib64"
+    )
 
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension})

@@ -11,6 +11,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COPIED = ("csrc", "lnprune", "setup.py", "pyproject.toml", "README.md", "LICENSE", "tests")
 # The tests that run native code on every path; the others add nothing for a sanitizer to see.
 TESTS = ("test_norms.py", "test_selection.py", "test_write.py", "test_ops.py")
+# The same for the CUDA kernels on the emulated GPU, which takes longer: every path, not every order.
+EMULATED_TESTS = ("test_norms.py", "test_selection.py", "test_write.py")
+EMULATED_CHOICE = "test_norms_of_every_dtype or test_an_unaligned or test_selection or test_write"
 
 
 def main() -> int:
@@ -46,8 +49,14 @@ def main() -> int:
         # Reports of the sanitizers go to the file descriptor: only what Python prints is captured.
         options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-m", "not slow"]
         tests = [sys.executable, "-m", "pytest", *options]
-        paths = [str(copy / "tests" / name) for name in TESTS]
-        return subprocess.run([*tests, *paths], cwd=copy, env=environment, check=False).returncode
+        emulated = ["--emulated-cuda", "-k", EMULATED_CHOICE]
+        for names, more in ((TESTS, []), (EMULATED_TESTS, emulated)):
+            paths = [str(copy / "tests" / name) for name in names]
+            command = [*tests, *more, *paths]
+            status = subprocess.run(command, cwd=copy, env=environment, check=False).returncode
+            if status != 0:
+                return status
+        return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -107,17 +108,81 @@ def test_pip_installs_into_an_empty_environment(folder):
     assert "site-packages" in pruned.stdout
 
 
-@pytest.mark.slow
-def test_the_library_built_here_loads_in_the_oldest_torch(folder):
+@pytest.fixture(scope="module")
+def oldest_torch():
+    """The Python of an environment with the oldest supported torch, for CUDA if the index has that."""
     oldest = re.search(r'dependencies = \["torch>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text())[1]
-    python = new_environment(folder / "environment")
-    installed = run([python, "-m", "pip", "install", f"torch=={oldest}.*", "numpy"])
-    assert installed.returncode == 0, installed.stderr[-2000:]
-    package = pathlib.Path(lnprune.__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(package)}
-    pruned = run([python, "-W", "ignore", "-c", PRUNE], cwd="/", env=environment)
+    with tempfile.TemporaryDirectory() as name:
+        python = new_environment(pathlib.Path(name))
+        needed = [f"torch=={oldest}.*", "numpy", "setuptools>=77", "ninja", "pybind11"]
+        installed = run([python, "-m", "pip", "install", *needed])
+        assert installed.returncode == 0, installed.stderr[-2000:]
+        version = run([python, "-W", "ignore", "-c", "import torch; print(torch.__version__)"]).stdout
+        assert version.startswith(f"{oldest}.")
+        assert version.strip() != torch.__version__
+        yield python
+
+
+@pytest.mark.slow
+def test_the_library_built_here_loads_in_the_oldest_torch(oldest_torch):
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(lnprune.__file__).parent.parent)}
+    pruned = run([oldest_torch, "-W", "ignore", "-c", PRUNE], cwd="/", env=environment)
     assert pruned.returncode == 0, pruned.stderr
-    version, file = pruned.stdout.split()
-    assert version.startswith(f"{oldest}.")
-    assert version != torch.__version__
+    _, file = pruned.stdout.split()
     assert pathlib.Path(file).samefile(lnprune.__file__)
+
+
+REGISTERED = """
+import torch, lnprune
+print(lnprune.ops.build_info()["cuda"], torch.version.cuda, lnprune.ops.has_cuda())
+for name in ("channel_norms", "select_channels", "write_masks", "prune_channels"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lnprune::" + name, "CUDA"), name
+"""
+
+
+@pytest.mark.slow
+def test_the_cuda_library_builds_loads_and_registers_without_a_gpu(oldest_torch, folder):
+    cuda = run(
+        [oldest_torch, "-W", "ignore", "-c", "import torch; print(torch.version.cuda)"]
+    ).stdout.strip()
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    homes = [home for home in homes if home and pathlib.Path(home, "include", "cuda_runtime.h").exists()]
+    if cuda == "None" or not homes:
+        pytest.skip(f"torch for CUDA {cuda}, toolkits with headers: {homes or 'none'}")
+    copy_sources(folder)
+    environment = os.environ | {
+        "CUDA_HOME": homes[0],
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+        "PYTHONPATH": str(folder),
+    }
+    build = [oldest_torch, "setup.py", "--quiet", "build_ext", "--inplace"]
+    built = run(build, cwd=folder, env=environment)
+    assert built.returncode == 0, built.stderr[-2000:]
+    registered = run([oldest_torch, "-W", "ignore", "-c", REGISTERED], cwd="/", env=environment)
+    assert registered.returncode == 0, registered.stderr
+    built_with, running, has_cuda = registered.stdout.split()
+    assert built_with == running
+    assert has_cuda == "True"
+    pruned = run([oldest_torch, "-W", "ignore", "-c", PRUNE], cwd="/", env=environment)
+    assert pruned.returncode == 0, pruned.stderr
+
+
+def test_cuda_tensors_without_the_cuda_library_are_said_once_to_take_plain_torch(monkeypatch):
+    class OnCuda:  # what is_native() asks a tensor
+        dtype, layout, is_cpu, is_cuda = torch.float32, torch.strided, False, True
+
+        def numel(self):
+            return 1
+
+    monkeypatch.setattr(lnprune.ops, "_PLAIN_TYPES", (OnCuda,))
+    monkeypatch.setattr(lnprune.ops, "_HAS_CUDA", False)
+    lnprune.ops._warn_of_plain_torch.cache_clear()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert [lnprune.ops.is_native(OnCuda()) for _ in range(2)] == [False, False]
+    (warning,) = warned
+    assert "no CUDA kernels here" in str(warning.message)
+    assert f"running: torch {torch.__version__}" in str(warning.message)
+    assert "pip install --no-build-isolation" in str(warning.message)
+    monkeypatch.setattr(lnprune.ops, "_HAS_CUDA", True)
+    assert lnprune.ops.is_native(OnCuda())

@@ -156,6 +156,7 @@ void add(std::vector<Batch<Task>>& batches, ElementType type, Task task, int64_t
 
 template <class Task>
 size_t append(char* table, size_t at, const std::vector<Task>& tasks) {
+  if (tasks.empty()) return at;
   std::memcpy(table + at, tasks.data(), tasks.size() * sizeof(Task));
   return at + tasks.size() * sizeof(Task);
 }
