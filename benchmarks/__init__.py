@@ -1,1 +1,1 @@
-"""Benchmarks that check every case before they time it; run with ``python -m benchmarks.cpu``."""
+"""Benchmarks that check every case before they time it: ``benchmarks.cpu`` and ``benchmarks.cuda``."""

@@ -21,8 +21,9 @@ except ImportError:
 AMOUNT = 0.5
 
 
-def random_weight(case: Case) -> Tensor:
-    return torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).to(case.dtype)
+def random_weight(case: Case, device: str = "cpu", seed: int = 0) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(case.shape, generator=generator, device=device).to(case.dtype)
 
 
 def bare_module(weight: Tensor) -> nn.Module:
@@ -100,6 +101,13 @@ def compiled_pruning(case: Case) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(mask_and_weight, dynamic=False)
 
 
+def torch_steps(weight: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    """The mask and the masked weight by what torch's ``ln_structured`` runs on the tensor."""
+    method = stock.LnStructured(AMOUNT, case.n, case.dim)
+    mask = method.compute_mask(weight, torch.ones_like(weight))
+    return mask, mask * weight
+
+
 PRUNERS = {"lnprune": lnprune.ln_structured, "torch": stock.ln_structured}
 
 
@@ -119,9 +127,41 @@ def norm_error(norms: Tensor, expected: Tensor) -> float:
 LARGEST_NORM_ERROR = 1e-10
 
 
+class Weights:
+    """The current case's tensors, made once for all the cases that share them."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._weight: dict[Any, Tensor] = {}
+        self._norms: dict[Any, Tensor] = {}
+
+    def weight(self, case: Case) -> Tensor:
+        key = case.shape, case.dtype
+        if key not in self._weight:
+            self._weight = {}  # before the next one is made: two may not fit
+            self._norms = {}
+            self._weight[key] = random_weight(case, self._device)
+        return self._weight[key]
+
+    def norms(self, case: Case) -> Tensor:
+        """Float64 norms by torch."""
+        weight = self.weight(case)
+        if case not in self._norms:
+            self._norms[case] = reference_norms(weight, case)
+        return self._norms[case]
+
+
 def pruning_fault(module: nn.Module, norms: Tensor, case: Case, alive: Tensor) -> str | None:
     """What is wrong with a pruned module, given float64 norms and the channels that were alive before."""
-    mask, original = module.weight_mask, module.weight_orig.detach()
+    return mask_fault(
+        module.weight_mask, module.weight_orig.detach(), module.weight.detach(), norms, case, alive
+    )
+
+
+def mask_fault(
+    mask: Tensor, original: Tensor, weight: Tensor, norms: Tensor, case: Case, alive: Tensor
+) -> str | None:
+    """What is wrong with a mask and a masked weight."""
     keep = mask.amax(dim=case.other_dims) != 0
     if not torch.equal(keep, mask.amin(dim=case.other_dims) == 1):
         return "the mask is not constant along channels"
@@ -135,6 +175,6 @@ def pruning_fault(module: nn.Module, norms: Tensor, case: Case, alive: Tensor) -
         least, most = float(norms[keep].min()), float(norms[pruned].max())
         if least < most and not math.isclose(least, most, rel_tol=LARGEST_NORM_ERROR):
             return f"kept a norm of {least}, pruned one of {most}"
-    if not torch.equal(module.weight.detach(), mask * original):
+    if not torch.equal(weight, mask * original):
         return "the weight is not mask * original"
     return None

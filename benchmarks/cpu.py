@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import lnprune
-from benchmarks import calls, memory, report
+from benchmarks import calls, cpu_report, memory, report
+from benchmarks.report import Row
 from benchmarks.shapes import (
     DTYPES,
     GENERIC_ORDERS,
@@ -25,60 +26,16 @@ from benchmarks.shapes import (
     TIMED_QUICK,
     Case,
     cases,
-    dtype_name,
     shape_name,
 )
 from benchmarks.timing import Peer, Timing, geometric_mean, interleaved
-
-Row = dict[str, Any]
 
 # A compilation takes seconds to tens of seconds.
 COMPILED_SHAPES = [(384, 384), (1536, 384), (512, 512, 3, 3)]
 
 
-class Weights:
-    """The current case's tensors, made once for all the cases that share them."""
-
-    def __init__(self) -> None:
-        self._weight: dict[Any, Tensor] = {}
-        self._norms: dict[Any, Tensor] = {}
-
-    def weight(self, case: Case) -> Tensor:
-        key = case.shape, case.dtype
-        if key not in self._weight:
-            self._weight = {key: calls.random_weight(case)}
-            self._norms = {}
-        return self._weight[key]
-
-    def norms(self, case: Case) -> Tensor:
-        """Float64 norms by torch."""
-        weight = self.weight(case)
-        if case not in self._norms:
-            self._norms[case] = calls.reference_norms(weight, case)
-        return self._norms[case]
-
-
 def _row(case: Case, timing: Timing, fault: str | None) -> Row:
-    row: Row = {
-        "shape": shape_name(case.shape),
-        "dtype": dtype_name(case.dtype),
-        "dim": case.dim,
-        "n": case.n,
-        "bytes": case.bytes,
-        "correct": fault is None,
-    }
-    if fault is not None:
-        row["fault"] = fault
-    for name in timing.rounds:
-        row[name] = timing.seconds(name)
-    return row
-
-
-def _show(row: Row) -> None:
-    keys = [key for key in row if key in report.FORMATS and key != "correct"]
-    figures = "  ".join(f"{report.TITLES[key]} {report.FORMATS[key](row[key])}" for key in keys)
-    name = f"{row['shape']:>18} {row['dtype']:>8} dim {row['dim']} n {row['n']:>4}"
-    print(f"{name}  {figures}{'  WRONG: ' + row['fault'] if row.get('fault') else ''}", flush=True)
+    return report.case_row(case, fault) | {name: timing.seconds(name) for name in timing.rounds}
 
 
 def _show_means(rows: list[Row], ratios: list[str]) -> None:
@@ -89,7 +46,7 @@ def _show_means(rows: list[Row], ratios: list[str]) -> None:
 
 def time_norms(grid: list[Case], budget: float) -> list[Row]:
     print("\nnorms: lnprune.channel_norms", flush=True)
-    weights, rows = Weights(), []
+    weights, rows = calls.Weights(), []
     for case in grid:
         weight = weights.weight(case)
         error = calls.norm_error(lnprune.channel_norms(weight, case.n, case.dim), weights.norms(case))
@@ -111,14 +68,14 @@ def time_norms(grid: list[Case], budget: float) -> list[Row]:
         row["over_sum"] = timing.ratio("lnprune", "sum")
         row["error"] = error
         rows.append(row)
-        _show(row)
+        report.show(row)
     _show_means(rows, ["speedup", "over_sum"])
     return rows
 
 
 def time_first(grid: list[Case], budget: float) -> list[Row]:
     print("\nwhole call: ln_structured on a module not pruned yet", flush=True)
-    weights, rows = Weights(), []
+    weights, rows = calls.Weights(), []
     for case in grid:
         weight, norms = weights.weight(case), weights.norms(case)
         module = calls.prune_with(lnprune.ln_structured, case)(calls.bare_module(weight))
@@ -135,7 +92,7 @@ def time_first(grid: list[Case], budget: float) -> list[Row]:
         row["over_torch"] = timing.ratio("lnprune", "torch")
         row["over_floor"] = timing.ratio("lnprune", "floor")
         rows.append(row)
-        _show(row)
+        report.show(row)
     _show_means(rows, ["speedup", "over_floor"])
     return rows
 
@@ -171,13 +128,13 @@ def time_resnet50(budget: float) -> list[Row]:
         row["over_torch"] = timing.ratio("lnprune", "torch")
         row["over_floor"] = timing.ratio("lnprune", "floor")
         rows.append(row)
-        _show(row)
+        report.show(row)
     return rows
 
 
 def time_compiled(grid: list[Case], budget: float) -> list[Row]:
     print("\nwhole call against torch.compile", flush=True)
-    weights, rows = Weights(), []
+    weights, rows = calls.Weights(), []
     for case in grid:
         weight = weights.weight(case)
         try:
@@ -204,13 +161,13 @@ def time_compiled(grid: list[Case], budget: float) -> list[Row]:
         del row["correct"]  # timed only; the same cases are checked among the whole calls
         row["compiled_speedup"] = timing.ratio("compiled", "lnprune")
         rows.append(row)
-        _show(row)
+        report.show(row)
     return rows
 
 
 def time_repeated(grid: list[Case], budget: float) -> list[Row]:
     print("\nrepeated call: ln_structured on a module pruned once", flush=True)
-    weights, rows = Weights(), []
+    weights, rows = calls.Weights(), []
     for case in grid:
         weight, norms = weights.weight(case), weights.norms(case)
         prune = calls.prune_with(lnprune.ln_structured, case)
@@ -226,7 +183,7 @@ def time_repeated(grid: list[Case], budget: float) -> list[Row]:
         row = _row(case, timing, fault)
         row["speedup"] = timing.ratio("torch", "lnprune")
         rows.append(row)
-        _show(row)
+        report.show(row)
     _show_means(rows, ["speedup"])
     return rows
 
@@ -268,10 +225,10 @@ def main() -> int:
     }
     sections["first"] += time_resnet50(budget)
     seconds = time.perf_counter() - start
-    report.write(options.out, sections, seconds)
-    print("\n" + "\n".join(report.verdict_lines(report.verdicts(sections))))
+    cpu_report.write(options.out, sections, seconds)
+    print("\n" + "\n".join(report.verdict_lines(cpu_report.verdicts(sections))))
     print(f"\n{seconds:.0f} s; wrote {options.out / 'cpu.md'} and {options.out / 'cpu.json'}")
-    return 1 if any(row.get("fault") for rows in sections.values() for row in rows) else 0
+    return 1 if report.faults(sections) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as Markdown and JSON: machine, targets, summaries and tables."""
+"""What the reports of all benchmarks share: the machine, verdicts on targets, tables, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 import torch
 
 import lnprune
-from benchmarks.shapes import GENERIC_ORDERS, NAMED_ORDERS
+from benchmarks.shapes import Case, dtype_name, shape_name
 from benchmarks.timing import geometric_mean
 
 Row = dict[str, Any]
-ONE_MEGABYTE = 1 << 20
-HALF_DTYPES = ("float16", "bfloat16")
 
 
-def _git(*arguments: str) -> str:
+def output_of(*command: str) -> str:
+    """What a command prints, or nothing where it fails or is not installed."""
     folder = pathlib.Path(__file__).parent
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _proc_entry(path: str, key: str) -> str:
@@ -39,14 +41,17 @@ def _proc_entry(path: str, key: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "unknown")
 
 
-def environment() -> dict[str, Any]:
-    """Everything needed to say where and how a figure came about."""
+def environment(program: str) -> dict[str, Any]:
+    """Everything needed to say where and how the figures of a program came about.
+
+    The commit is that of the sources, or where they came without their history LNPRUNE_COMMIT.
+    """
     memory = _proc_entry("/proc/meminfo", "MemTotal").split()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(_git("status", "--porcelain")),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        "commit": output_of("git", "rev-parse", "HEAD") or os.environ.get("LNPRUNE_COMMIT", "unknown"),
+        "dirty": bool(output_of("git", "status", "--porcelain")),
         "cpu": _proc_entry("/proc/cpuinfo", "model name"),
         "cores": os.cpu_count(),
         "memory_gib": round(int(memory[0]) / 2**20, 1) if memory[0].isdigit() else None,
@@ -59,6 +64,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def provenance(machine: dict[str, Any], seconds: float) -> str:
+    """The command, the date, the duration and the commit, as a sentence."""
+    return (
+        f"`{machine['command']}` on {machine['date']}, {seconds / 60:.1f} minutes, commit "
+        f"{machine['commit'][:12]}{' with uncommitted changes' if machine['dirty'] else ''}."
+    )
+
+
+def build_of(machine: dict[str, Any]) -> str:
+    """What the native library says about itself."""
+    return ", ".join(f"{key} {value}" for key, value in machine["build"].items())
+
+
 class Verdict(NamedTuple):
     target: str
     wanted: str
@@ -66,98 +84,43 @@ class Verdict(NamedTuple):
     met: bool | None
 
 
-def _case_name(row: Row) -> str:
+def verdict_lines(found: list[Verdict]) -> list[str]:
+    """The verdicts as a Markdown table."""
+    marks = {True: "yes", False: "no", None: ""}
+    lines = ["| what | target | measured | met |", "| --- | --- | --- | --- |"]
+    return lines + [f"| {v.target} | {v.wanted} | {v.measured} | {marks[v.met]} |" for v in found]
+
+
+def case_row(case: Case, fault: str | None) -> Row:
+    """The columns that name a case and say whether its result was right."""
+    row: Row = {
+        "shape": shape_name(case.shape),
+        "dtype": dtype_name(case.dtype),
+        "dim": case.dim,
+        "n": case.n,
+        "bytes": case.bytes,
+        "correct": fault is None,
+    }
+    if fault is not None:
+        row["fault"] = fault
+    return row
+
+
+def case_name(row: Row) -> str:
     return f"{row['shape']} {row['dtype']} dim {row['dim']} n {row['n']}"
 
 
-def _at_most(rows: list[Row], ratio: str, limit: float) -> tuple[str, bool | None]:
-    """How often a time ratio stays within the limit, and the worst case."""
-    if not rows:
-        return "not measured", None
-    worst = max(rows, key=lambda row: row[ratio])
-    within = sum(row[ratio] <= limit for row in rows)
-    mean = geometric_mean(row[ratio] for row in rows)
-    text = (
-        f"{within} of {len(rows)} cases; geometric mean {mean:.2f}, "
-        f"worst {worst[ratio]:.2f} ({_case_name(worst)})"
-    )
-    return text, within == len(rows)
+def faults(sections: dict[str, list[Row]]) -> list[Row]:
+    """The rows whose result was wrong."""
+    return [row for rows in sections.values() for row in rows if row.get("fault")]
 
 
-def _at_least(rows: list[Row], mean_limit: float, least_limit: float) -> tuple[str, bool | None]:
-    """The geometric mean of the speed-up over torch, and the worst case."""
-    if not rows:
-        return "not measured", None
-    worst = min(rows, key=lambda row: row["speedup"])
-    under = sum(row["speedup"] < least_limit for row in rows)
-    mean = geometric_mean(row["speedup"] for row in rows)
-    text = (
-        f"geometric mean {mean:.1f} x over {len(rows)} cases; worst {worst['speedup']:.2f} x "
-        f"({_case_name(worst)})"
-    )
-    if under:
-        text += f"; {under} under {least_limit:g} x"
-    return text, mean >= mean_limit and under == 0
-
-
-def verdicts(sections: dict[str, list[Row]]) -> list[Verdict]:
-    """Each target with what was measured and whether it is met."""
-    norms, first, again = sections["norms"], sections["first"], sections["repeated"]
-    large = [row for row in norms if row["bytes"] >= ONE_MEGABYTE and row["n"] in NAMED_ORDERS]
-    wide = [row for row in large if row["dtype"] not in HALF_DTYPES]
-    half = [row for row in large if row["dtype"] in HALF_DTYPES]
-    generic = [row for row in norms if row["n"] in GENERIC_ORDERS]
-    large_first = [row for row in first if row["bytes"] >= ONE_MEGABYTE]
-    tiny_first = [row for row in first if row["shape"] == "8 x 8"]
-    named = "n in {0, 1, 2, inf, -inf}"
-    found = [
-        Verdict(
-            f"norms, {named}, 1 MiB and larger, float32 and float64",
-            "at most 1.2 x the time of torch.sum",
-            *_at_most(wide, "over_sum", 1.2),
-        ),
-        Verdict(
-            f"norms, {named}, 1 MiB and larger, float16 and bfloat16",
-            "at most 1.5 x the time of torch.sum",
-            *_at_most(half, "over_sum", 1.5),
-        ),
-        Verdict(
-            "norms against torch.norm, every n",
-            "geometric mean 10 x or more; nowhere slower",
-            *_at_least(norms, 10, 1),
-        ),
-        Verdict(
-            "norms against torch.norm, n in {0.5, 2.5, 3}",
-            "3 x or more everywhere",
-            *_at_least(generic, 3, 3),
-        ),
-        Verdict(
-            "whole call, 1 MiB and larger, against the floor",
-            "no slower than the floor",
-            *_at_most(large_first, "over_floor", 1.0),
-        ),
-        Verdict(
-            "whole call, 1 MiB and larger, against torch",
-            "geometric mean 5 x or more; nowhere under 1.5 x",
-            *_at_least(large_first, 5, 1.5),
-        ),
-        Verdict(
-            "whole call on 8 x 8", "at most 0.65 of torch's time", *_at_most(tiny_first, "over_torch", 0.65)
-        ),
-        Verdict("repeated call against torch", "geometric mean 5 x or more", *_at_least(again, 5, 0)),
-    ]
-    ours = [row["peak"] for row in sections["memory"] if row["call"] == "lnprune"]
-    theirs = [row["peak"] for row in sections["memory"] if row["call"] == "torch"]
-    if ours:
-        measured = f"{max(ours):.3f} weights (torch: {max(theirs):.3f})"
-        # 1 % of a 180 MB weight covers the norms, the flags and the allocator's pages.
-        memory = (measured, max(ours) <= 2.01)
-    else:
-        memory = ("not measured", None)
-    found.append(
-        Verdict("memory at the peak of a call", "mask + masked weight (2 weights) + O(channels)", *memory)
-    )
-    return found
+def fault_lines(sections: dict[str, list[Row]]) -> list[str]:
+    """The wrong results as a Markdown list, or nothing."""
+    wrong = faults(sections)
+    if not wrong:
+        return []
+    return ["", "Wrong results:", "", *(f"- {case_name(row)}: {row['fault']}" for row in wrong)]
 
 
 def _time(seconds: float) -> str:
@@ -172,14 +135,23 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "compiled": _time,
     "torch_pruning": _time,
     "abs_pow_sum": _time,
+    "copy": _time,
+    "predicted": _time,
+    "wall": _time,
+    "torch_wall": _time,
     "gigabytes_per_second": lambda value: f"{value:.1f}",
+    "share": lambda value: f"{100 * value:.1f} %",
     "speedup": lambda value: f"{value:.2f} x",
+    "wall_speedup": lambda value: f"{value:.2f} x",
     "over_sum": lambda value: f"{value:.2f}",
     "over_floor": lambda value: f"{value:.2f}",
     "over_torch": lambda value: f"{value:.2f}",
+    "over_predicted": lambda value: f"{value:.2f}",
     "compiled_speedup": lambda value: f"{value:.2f} x",
     "error": lambda value: f"{value:.0e}",
     "peak": lambda value: f"{value:.3f}",
+    "torch_peak": lambda value: f"{value:.3f}",
+    "beyond_outputs": lambda value: f"{value:,} B",
     "correct": lambda value: "yes" if value else "NO",
 }
 TITLES = {
@@ -190,19 +162,37 @@ TITLES = {
     "compiled": "torch.compile",
     "torch_pruning": "Torch-Pruning",
     "abs_pow_sum": "its expression",
+    "copy": "copy",
+    "predicted": "predicted",
+    "wall": "wall",
+    "torch_wall": "torch's wall",
     "gigabytes_per_second": "GB/s",
+    "share": "of the copy",
     "speedup": "against torch",
+    "wall_speedup": "wall against torch",
     "over_sum": "time / sum",
     "over_floor": "time / floor",
     "over_torch": "time / torch",
+    "over_predicted": "time / predicted",
     "compiled_speedup": "against torch.compile",
     "error": "relative error",
     "peak": "peak, in weights",
+    "torch_peak": "torch's peak, in weights",
+    "beyond_outputs": "beyond the outputs",
 }
 HIDDEN = {"bytes", "fault"}
 
 
-def _cell(key: str, row: Row) -> str:
+def show(row: Row) -> None:
+    """Prints a case's figures as soon as they are known."""
+    keys = [key for key in row if key in FORMATS and key != "correct"]
+    figures = "  ".join(f"{TITLES[key]} {FORMATS[key](row[key])}" for key in keys)
+    name = f"{row['shape']:>18} {row['dtype']:>8} dim {row['dim']} n {row['n']:>4}"
+    print(f"{name}  {figures}{'  WRONG: ' + row['fault'] if row.get('fault') else ''}", flush=True)
+
+
+def cell(key: str, row: Row) -> str:
+    """A figure as text, empty where the row has none."""
     value = row.get(key)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -215,7 +205,7 @@ def table(rows: list[Row]) -> list[str]:
     numeric = {key for key in keys if isinstance(next(row[key] for row in rows if key in row), int | float)}
     lines = ["| " + " | ".join(TITLES.get(key, key) for key in keys) + " |"]
     lines.append("|" + "|".join(" ---: " if key in numeric else " --- " for key in keys) + "|")
-    lines += ["| " + " | ".join(_cell(key, row) for key in keys) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(key, row) for key in keys) + " |" for row in rows]
     return lines
 
 
@@ -233,7 +223,8 @@ def summary(rows: list[Row], ratios: list[str]) -> list[str]:
     return table(means)
 
 
-def _section(title: str, text: str, rows: list[Row], ratios: list[str]) -> list[str]:
+def section(title: str, text: str, rows: list[Row], ratios: list[str]) -> list[str]:
+    """A chapter of the report; with ratios, their means first and all cases folded away."""
     lines = ["", f"## {title}", "", text]
     if not rows:
         return [*lines, "", "Not measured in this run."]
@@ -252,88 +243,22 @@ def _section(title: str, text: str, rows: list[Row], ratios: list[str]) -> list[
     return lines
 
 
-def verdict_lines(found: list[Verdict]) -> list[str]:
-    marks = {True: "yes", False: "no", None: ""}
-    lines = ["| what | target | measured | met |", "| --- | --- | --- | --- |"]
-    return lines + [f"| {v.target} | {v.wanted} | {v.measured} | {marks[v.met]} |" for v in found]
-
-
-def markdown(machine: dict[str, Any], sections: dict[str, list[Row]], seconds: float) -> str:
-    """The whole report."""
-    build = ", ".join(f"{key} {value}" for key, value in machine["build"].items())
-    faults = [row for rows in sections.values() for row in rows if row.get("fault")]
-    checked = sum(len(sections[name]) for name in ("norms", "first", "repeated"))
-    lines = [
-        "# lnprune on the CPU",
-        "",
-        f"`{machine['command']}` on {machine['date']}, {seconds / 60:.1f} minutes, commit "
-        f"{machine['commit'][:12]}{' with uncommitted changes' if machine['dirty'] else ''}.",
-        "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used, "
-        f"{machine['memory_gib']} GiB, {machine['system']}; Python {machine['python']}, torch "
-        f"{machine['torch']}, lnprune {machine['lnprune']} (native library: {build}).",
-        "",
-        f"Each of the {checked} cases was checked before it was timed; {len(faults)} failed. Times are "
-        "medians, ratios are medians of the ratios within one round of interleaved runs.",
-        "",
-        "## Targets",
-        "",
-        *verdict_lines(verdicts(sections)),
-    ]
-    if faults:
-        lines += ["", "Wrong results:", "", *(f"- {_case_name(row)}: {row['fault']}" for row in faults)]
-    lines += _section(
-        "Norms",
-        "`lnprune.channel_norms` (float64 sums) against `torch.norm` over the other dims, which torch's "
-        "pruning calls; against `torch.sum` over the same tensor, the time of reading it once; and against "
-        "Torch-Pruning: its `MagnitudeImportance(p, normalizer=None)` on a group of this one layer, and "
-        "the expression inside it, `w.flatten(1).abs().pow(p).sum(1)`. The relative error is against "
-        "`torch.norm` in float64.",
-        sections["norms"],
-        ["speedup", "over_sum"],
-    )
-    lines += _section(
-        "Whole call",
-        "`ln_structured(module, 'weight', amount=0.5, n, dim)` on a module that is not pruned yet. The "
-        "floor is `w.sum(); torch.empty_like(w).fill_(1); w.clone()`. Making and dropping modules is not "
-        "timed.",
-        sections["first"],
-        ["speedup", "over_floor"],
-    )
-    lines += _section(
-        "Whole call against torch.compile",
-        "Mask and masked weight as one compiled function of the weight, compiled before the clock runs; it "
-        "leaves out what `ln_structured` does to the module.",
-        sections["compiled"],
-        [],
-    )
-    lines += _section(
-        "Repeated call",
-        "The second `ln_structured` on a module, again with amount=0.5.",
-        sections["repeated"],
-        ["speedup"],
-    )
-    lines += _section(
-        "Memory",
-        "The peak of one call (VmHWM after it less VmRSS before it) on a float32 weight of 4096 x 11008, "
-        "in a process of its own, in units of the weight. Mask and masked weight, which stay, are 2.",
-        sections["memory"],
-        [],
-    )
-    return "\n".join(lines) + "\n"
-
-
 def _json_row(row: Row) -> Row:
     # JSON has no infinity and no NaN: they travel as text.
     return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
-def write(folder: pathlib.Path, sections: dict[str, list[Row]], seconds: float) -> None:
-    """Writes cpu.md and cpu.json."""
-    machine = environment()
+def write(
+    folder: pathlib.Path,
+    name: str,
+    text: str,
+    head: dict[str, Any],
+    found: list[Verdict],
+    sections: dict[str, list[Row]],
+) -> None:
+    """Writes the Markdown as ``name.md`` and everything as ``name.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cpu.md").write_text(markdown(machine, sections, seconds))
-    found = [verdict._asdict() for verdict in verdicts(sections)]
-    rows = {name: [_json_row(row) for row in part] for name, part in sections.items()}
-    document = {"environment": machine, "seconds": seconds, "targets": found, **rows}
-    (folder / "cpu.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    (folder / f"{name}.md").write_text(text)
+    rows = {part: [_json_row(row) for row in content] for part, content in sections.items()}
+    document = {**head, "targets": [verdict._asdict() for verdict in found], **rows}
+    (folder / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -35,6 +35,13 @@ RESNET50: list[tuple[int, Shape]] = [
     (1, (1000, 2048)),
 ]
 
+# The matrices of a transformer of 7 billion parameters, 32 layers.
+TRANSFORMER_7B: list[tuple[int, Shape]] = [
+    (128, (4096, 4096)),
+    (64, (11008, 4096)),
+    (32, (4096, 11008)),
+]
+
 MINILM: list[Shape] = [(384, 384), (1536, 384), (384, 1536), (30522, 384)]
 
 TINY: Shape = (8, 8)
@@ -63,6 +70,19 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 NAMED_ORDERS = [0, 1, 2, INF, -INF]
 GENERIC_ORDERS = [0.5, 2.5, 3]
 DIMS = [0, 1]
+
+
+# Layouts besides square matrices and 3x3 convolutions, each of a quarter of a gigabyte or more in float32:
+# few long channels, many short ones, few and many rows of columns, rows of runs, larger kernels.
+FURTHER_LAYOUTS: list[tuple[Shape, int]] = [
+    ((64, 1 << 20), 0),
+    ((1 << 20, 64), 0),
+    ((64, 1 << 20), 1),
+    ((1 << 20, 64), 1),
+    ((64, 4096, 256), 1),
+    ((1024, 2048, 7, 7), 0),
+    ((1024, 2048, 7, 7), 1),
+]
 
 
 class Case(NamedTuple):
@@ -102,6 +122,22 @@ def cases(
                 for n in orders:
                     if not huge or n in huge_orders:
                         yield Case(shape, dtype, dim, n)
+
+
+def _powers_of_two(product: int) -> Shape:
+    """Two powers of two, the second at most twice the first, whose product is the one asked for."""
+    exponent = (product - 1).bit_length()
+    return 1 << exponent // 2, 1 << (exponent + 1) // 2
+
+
+def matrix_of(size: int, dtype: torch.dtype) -> Shape:
+    """A matrix of at least so many bytes, square or twice as wide as high."""
+    return _powers_of_two(size // dtype.itemsize)
+
+
+def convolution_of(size: int, dtype: torch.dtype) -> Shape:
+    """The weight of a 3x3 convolution of at least so many bytes."""
+    return *_powers_of_two(-(-size // (9 * dtype.itemsize))), 3, 3
 
 
 def dtype_name(dtype: torch.dtype) -> str:

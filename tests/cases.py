@@ -66,6 +66,7 @@ SMALL_SHAPES = {
     "runs_of_64": (5, 64),
     "runs_of_65": (5, 65),
     "rows_of_runs_of_65": (3, 4, 65),
+    "rows_of_odd_runs": (5, 8, 301),
     "runs_beyond_a_block": (3, 1, 1029),
     "groups_of_runs": (70, 96),
     "channels_of_two_folds": (3, 300),
@@ -209,6 +210,10 @@ def expected_write(
     keep: Tensor, scores: Tensor, mask: Tensor | None, original: Tensor | None, dim: int
 ) -> tuple[Tensor, Tensor | None]:
     """The mask and the masked original as torch multiplies them."""
+    if scores.is_cuda and scores.element_size() == 1:  # torch multiplies float8 on the CPU alone
+        cpu = (None if tensor is None else tensor.cpu() for tensor in (keep, scores, mask, original))
+        new_mask, weight = expected_write(*cpu, dim)
+        return new_mask.to(scores.device), None if weight is None else weight.to(scores.device)
     shape = [1] * scores.dim()
     shape[dim] = -1
     flags = keep.reshape(shape).to(scores.dtype)

@@ -97,7 +97,7 @@ def in_every_order(module: Any, op: Any) -> Any:
 def assert_same(actual: Any, expected: Any) -> None:
     if isinstance(actual, Tensor):
         if actual.dtype == torch.bool:
-            assert torch.equal(actual, expected)
+            assert torch.equal(actual, expected), "another scheduling order"
         else:
             cases.assert_same_bits(actual, expected, "another scheduling order")
         return

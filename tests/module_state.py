@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 import lnprune
 
-DEVICES = ["cpu"]
+DEVICES = cases.DEVICES
 
 _REGISTRIES = (
     "_parameters",

@@ -73,6 +73,15 @@ def test_norms_of_large_shapes(shape, dtype, device):
         cases.assert_norms_close(norms, cases.exact_norms(tensor, n, dim), n)
 
 
+@pytest.mark.parametrize("size", [(2100, 8200), (1030, 1900, 3, 3)])
+def test_norms_of_a_weight_of_very_many_blocks(size, device):
+    """Large enough that blocks are cut longer than those of smaller weights."""
+    tensor = cases.random_values(size, torch.float32, device)
+    for dim in (0, 1):
+        norms = lnprune.channel_norms(tensor, 2, dim)
+        cases.assert_norms_close(norms, cases.reference_norms(tensor, 2, dim), 2, dim, tolerance=1e-12)
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("shape", ["columns_of_two_strips", "rows_of_runs_of_two_chunks", "many_channels"])
 def test_norms_of_large_shapes_in_every_layout(shape, layout, device):
@@ -414,9 +423,10 @@ def baseline_digests():
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[1:])
-def test_every_instruction_set_gives_the_same_bits(instruction_set, baseline_digests, device):
+def test_every_instruction_set_gives_the_same_bits(instruction_set, device, request):
     if device != "cpu":
         pytest.skip("instruction sets are of the CPU")
+    baseline_digests = request.getfixturevalue("baseline_digests")
     name, digests = run_with(instruction_set)
     if name != instruction_set:
         pytest.skip(f"this processor or build runs {name}, not {instruction_set}")
@@ -429,5 +439,6 @@ def test_an_order_whose_inverse_overflows_is_left_to_torch(device):
     expected = torch.norm(weight.double(), p=1e-320, dim=1)
     assert torch.equal(lnprune.channel_norms(weight, 1e-320, 0), expected)
     assert torch.equal(
-        lnprune.channel_norms(weight[:, :1], 1e-320, 0)[:1], torch.ones(1, dtype=torch.float64)
+        lnprune.channel_norms(weight[:, :1], 1e-320, 0)[:1],
+        torch.ones(1, dtype=torch.float64, device=device),
     )

@@ -6,8 +6,8 @@
 template <class T>
 constexpr int64_t kWriteBlock = 8192 / sizeof(T);
 
-// Flag<T>::times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where that is
-// faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
+// Flag<T>::times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where
+// that is faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
 template <class T, size_t kBytes = sizeof(T)>
 struct Flag {
   using Bits = T;

@@ -14,12 +14,18 @@ constexpr int64_t kBytes[kElementTypes] = {8, 4, 2, 2, 1, 1, 1, 1};
 constexpr int64_t kShortestRun = 64;
 // Where channels are runs: a channel's share of a chunk, in elements.
 constexpr int64_t kRunChunk = 16384;
-// Vectors that a thread should find in a run, so that as many loads are in flight.
+// Vectors that a thread should find in a run: as many loads are in flight. More in large tensors,
+// which have blocks enough, so that a block's start and end weigh less.
 constexpr int64_t kVectorsPerLane = 4;
+constexpr int64_t kMostVectorsPerLane = 16;
 // Where channels are columns: vectors along a strip, half a kilobyte, and rows that a group should
 // find.
 constexpr int64_t kStripVectors = 32;
 constexpr int64_t kRowsPerGroup = 4;
+// How many times as many rows a large tensor's chunks have at most.
+constexpr int64_t kMostChunkGrowth = 4;
+// Blocks that keep every multiprocessor busy for several turns.
+constexpr int64_t kManyBlocks = 2048;
 // With fewer rows than this a block is one wide strip.
 constexpr int64_t kFewRows = 32;
 // A chunk's partials are written and read once, 8 bytes each: at most a 64th of its elements.
@@ -56,7 +62,9 @@ void cut_runs(RankTask& task, const Slices& slices, int64_t bytes) {
   task.rows_per_chunk =
       is_uneven(slices, bytes) ? 1 : std::max<int64_t>(1, kRunChunk / slices.inner);
   task.chunks = divide_up(slices.outer, task.rows_per_chunk) * task.run_chunks;
-  const int64_t lanes = power_of_two_below(task.run_per_chunk / (kVectorsPerLane * vector));
+  const int64_t vectors_per_lane = std::clamp(slices.elements() / (kManyBlocks * kThreads * vector),
+                                              kVectorsPerLane, kMostVectorsPerLane);
+  const int64_t lanes = power_of_two_below(task.run_per_chunk / (vectors_per_lane * vector));
   task.lanes = static_cast<int>(std::clamp<int64_t>(lanes, 4, kThreads));
   const int64_t rows = power_of_two_below(std::min(task.rows_per_chunk, slices.outer));
   task.groups = static_cast<int>(std::min<int64_t>(kThreads / task.lanes, rows));
@@ -85,8 +93,10 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
     task.channels_per_strip = static_cast<int>(slices.channels);
     task.strips = 1;
   } else {
-    // Where rows are not aligned there are no vectors to keep whole.
-    const int64_t unit = row % vector == 0 ? std::lcm(slices.inner, vector) : slices.inner;
+    // Vectors stay whole where rows are aligned and a block is wide enough for it.
+    const int64_t whole_unit = std::lcm(slices.inner, vector);
+    const bool keeps_vectors = row % vector == 0 && whole_unit <= kThreads * vector;
+    const int64_t unit = keeps_vectors ? whole_unit : slices.inner;
     task.columns_per_strip =
         static_cast<int>(std::max<int64_t>(1, strip_vectors * vector / unit) * unit);
     task.channels_per_strip = task.columns_per_strip / static_cast<int>(slices.inner);
@@ -95,13 +105,16 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
   task.lanes = static_cast<int>(divide_up(task.columns_per_strip, vector));
   task.groups = few_rows ? 1 : kThreads / task.lanes;
   const int64_t merged_inner = slices.inner * merged;
+  const int64_t fewest =
+      std::max(divide_up(kBytesPerPartial, merged_inner * bytes), kRowsPerGroup * task.groups);
   task.rows_per_chunk = few_rows ? task.rows
-                                 : std::max(divide_up(kBytesPerPartial, merged_inner * bytes),
-                                            kRowsPerGroup * task.groups);
+                                 : std::clamp(task.rows * task.strips / kManyBlocks, fewest,
+                                              kMostChunkGrowth * fewest);
   task.run_per_chunk = slices.inner;
   task.run_chunks = 1;
   task.chunks = divide_up(task.rows, task.rows_per_chunk);
-  task.aligned = is_aligned(task.elements, vector * bytes) && task.row_elements % vector == 0;
+  task.aligned = is_aligned(task.elements, vector * bytes) && task.row_elements % vector == 0 &&
+                 (task.strips == 1 || task.columns_per_strip % vector == 0);
 }
 
 RankTask make_task(const RankItem& item, bool counts) {

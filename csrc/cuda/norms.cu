@@ -45,6 +45,20 @@ __device__ __forceinline__ float widen(Float8 x, const float* values) {
 
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+template <class T, int kBytes>
+__device__ __forceinline__ auto widen(const Vector<T, kBytes>& vector, int slot,
+                                      const float* values) {
+  return widen(vector.elements[slot], values);
+}
+// By words of two elements: one instruction for each, and fewer registers.
+template <int kBytes>
+__device__ __forceinline__ float widen(const Vector<c10::BFloat16, kBytes>& vector, int slot,
+                                       const float*) {
+  const auto words = lnprune::bit_cast<Vector<uint32_t, kBytes>>(vector);
+  const uint32_t word = words.elements[slot / 2];
+  return bit_cast<float>(slot % 2 == 0 ? word << 16 : word & 0xffff0000u);
+}
+
 // Adds `count` vectors that lie `stride` elements apart; each element to the slot of its place.
 template <class Norm, class T>
 __device__ __forceinline__ void add_vectors(const Norm& norm, const T* elements, int64_t stride,
@@ -62,7 +76,7 @@ __device__ __forceinline__ void add_vectors(const Norm& norm, const T* elements,
       if (i + u < count) {
 #pragma unroll
         for (int s = 0; s < kLength<T>; ++s) {
-          slots[s] = norm.map(slots[s], widen(loaded[u].elements[s], values));
+          slots[s] = norm.map(slots[s], widen(loaded[u], s, values));
         }
       }
     }
@@ -345,10 +359,9 @@ __device__ __forceinline__ void rank_block(const RankTask& task, double p, uint6
   }
 }
 
-// Blocks that a multiprocessor should hold at once, which caps the registers: what a thread holds
-// grows with the elements of a vector and with the work of each.
+// Blocks that a multiprocessor should hold at once, which caps the registers.
 template <class Norm, class T>
-constexpr int kBlocks = Norm::kCostly || sizeof(T) == 1 || std::is_same_v<T, c10::BFloat16> ? 2 : 3;
+constexpr int kBlocks = Norm::kCostly || sizeof(T) == 1 ? 2 : 3;
 
 template <template <class> class Norm, class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Type>, T>)

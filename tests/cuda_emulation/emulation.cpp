@@ -213,8 +213,7 @@ void turn(Block& block) {
   std::vector<Fiber*> late;
   for (auto& fiber : block.fibers) {
     if (fiber->state != State::ready) continue;
-    const bool lags =
-        schedule_kind == Schedule::shuffled && fiber->thread / kWarp == block.laggard;
+    const bool lags = schedule_kind == Schedule::shuffled && fiber->thread / kWarp == block.laggard;
     (lags ? late : ready).push_back(fiber.get());
   }
   if (ready.empty()) ready.swap(late);
@@ -224,9 +223,10 @@ void turn(Block& block) {
     if (failed) return;
   }
   const auto done = [](const auto& fiber) { return fiber->state == State::done; };
+  const auto can_run = [](const auto& fiber) { return fiber->state == State::ready; };
   if (std::all_of(block.fibers.begin(), block.fibers.end(), done)) {
     finish(block);
-  } else if (!release(block) && late.empty()) {
+  } else if (!release(block) && std::none_of(block.fibers.begin(), block.fibers.end(), can_run)) {
     const Fiber& first = *block.fibers[0];
     for (const auto& fiber : block.fibers) {
       if (fiber->state != first.state || fiber->line != first.line) {
@@ -319,6 +319,12 @@ void flush_stores() {
     std::memcpy(pending.address, pending.value, pending.bytes);
   }
   current->stores.clear();
+}
+
+void fence() {
+  // In a shuffled order stores take their time, and others go on meanwhile unless they wait.
+  while (schedule_kind == Schedule::shuffled && random_bits() % 2) to_scheduler(false);
+  flush_stores();
 }
 
 void block_barrier(int line) {

@@ -64,6 +64,7 @@ void* shared(const char* file, int line, size_t bytes);
 void record(Access access, const void* address, size_t bytes);
 void store(void* address, const void* value, size_t bytes);
 void flush_stores();
+void fence();
 void block_barrier(int line);
 // Gives this lane's value to the warp and returns those of all its lanes.
 const uint64_t* exchange(uint64_t value, int line);
@@ -73,7 +74,7 @@ const uint64_t* exchange(uint64_t value, int line);
 
 // Line numbers tell barriers and shuffles apart.
 #define __syncthreads() ::lnprune::emulation::block_barrier(__LINE__)
-#define __threadfence() ::lnprune::emulation::flush_stores()
+#define __threadfence() ::lnprune::emulation::fence()
 #define __shfl_xor_sync(mask, value, distance) \
   ::lnprune::emulation::shuffle((value), (distance), true, __LINE__)
 #define __shfl_up_sync(mask, value, distance) \

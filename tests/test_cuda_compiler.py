@@ -1,0 +1,514 @@
+"""What the real compiler makes of the CUDA kernels: resources, machine code, loads in flight.
+
+``python tests/test_cuda_compiler.py`` prints the table of resources that stands in docs/cuda.md.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+from torch.utils import cpp_extension
+
+pytestmark = pytest.mark.slow
+
+KERNELS = pathlib.Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+ARCHITECTURES = ("sm_80", "sm_90")
+FLAGS = ("-O3", "-fmad=false", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+
+NAMED_NORMS = ("NonzeroCount", "Sum", "SumOfSquares", "Maximum", "Minimum")  # p in {0, 1, 2, inf, -inf}
+NORMS = (*NAMED_NORMS, "HalfIntegerPowerSum", "PowerSum")
+ELEMENTS = ("float64", "float32", "float16", "bfloat16")
+FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+RANK = [f"rank {norm} {element}" for norm in NORMS for element in (*ELEMENTS, "float8")]
+WRITE = [f"write {element}" for element in (*ELEMENTS, *FLOAT8)]
+
+# What an H200 has, for cuda_occupancy.h; a line of input is "registers, bytes of shared memory, threads".
+OCCUPANCY = """
+#include <climits>
+#include <cstdio>
+#include <cuda_occupancy.h>
+
+int main() {
+  cudaOccDeviceProp h200{};
+  h200.computeMajor = 9;
+  h200.computeMinor = 0;
+  h200.maxThreadsPerBlock = 1024;
+  h200.maxThreadsPerMultiprocessor = 64 * 32;
+  h200.regsPerBlock = 65536;
+  h200.regsPerMultiprocessor = 65536;
+  h200.warpSize = 32;
+  h200.sharedMemPerBlock = 48 << 10;
+  h200.sharedMemPerMultiprocessor = 228 << 10;
+  h200.numSms = 132;
+  h200.sharedMemPerBlockOptin = 227 << 10;
+  h200.reservedSharedMemPerBlock = 1 << 10;
+  const cudaOccDeviceState state;
+  int registers, shared, threads;
+  while (std::scanf("%d %d %d", &registers, &shared, &threads) == 3) {
+    cudaOccFuncAttributes kernel{};
+    kernel.maxThreadsPerBlock = INT_MAX;
+    kernel.numRegs = registers;
+    kernel.sharedSizeBytes = static_cast<size_t>(shared);
+    kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
+    kernel.numBlockBarriers = 1;
+    cudaOccResult result;
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &h200, &kernel, &state, threads, 0) !=
+        CUDA_OCC_SUCCESS)
+      return 1;
+    std::printf("%d\\n", result.activeBlocksPerMultiprocessor);
+  }
+}
+"""
+
+
+class Resources(NamedTuple):
+    """What a block or a thread of a kernel takes, by the compiler's report."""
+
+    registers: int
+    shared: int  # bytes
+    stack: int  # bytes, as are the spills
+    spill_stores: int
+    spill_loads: int
+
+
+class Instruction(NamedTuple):
+    """One instruction of a kernel's machine code."""
+
+    address: int
+    text: str
+
+    @property
+    def operation(self) -> str:
+        """``LDG.E.128.CONSTANT`` of ``@!P3 LDG.E.128.CONSTANT R4, desc[UR6][R64.64]``."""
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
+
+
+Code = list[Instruction]
+
+MEMORY = r"(?:LD|LDG|LDL|LDS|LDSM|ST|STG|STL|STS|ATOM|ATOMG|ATOMS|RED)\b"
+SHARED = r"(?:LDS|LDSM|STS|ATOMS)\b"
+
+
+# --- The tools ------------------------------------------------------------------------------------------
+
+
+def find_nvcc() -> pathlib.Path | None:
+    folders = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [pathlib.Path(folder) / "bin" / "nvcc" for folder in folders]
+    on_path = shutil.which("nvcc")
+    candidates += [pathlib.Path(on_path)] if on_path else []
+    candidates.append(pathlib.Path("/usr/local/cuda/bin/nvcc"))
+    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+
+
+def find_cuobjdump(nvcc: pathlib.Path) -> pathlib.Path | None:
+    """LNPRUNE_CUOBJDUMP, else triton's, else the one on the PATH, else nvcc's neighbour."""
+    named = os.environ.get("LNPRUNE_CUOBJDUMP")
+    if named:
+        assert pathlib.Path(named).is_file(), f"LNPRUNE_CUOBJDUMP names no file: {named}"
+        return pathlib.Path(named)
+    triton = importlib.util.find_spec("triton")
+    folders = [pathlib.Path(name) for name in (triton.submodule_search_locations or [])] if triton else []
+    candidates = [folder / "backends" / "nvidia" / "bin" / "cuobjdump" for folder in folders]
+    on_path = shutil.which("cuobjdump")
+    candidates += [pathlib.Path(on_path)] if on_path else []
+    candidates.append(nvcc.with_name("cuobjdump"))
+    return next((cuobjdump for cuobjdump in candidates if cuobjdump.is_file()), None)
+
+
+def run(command: list, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command[0]} failed:\n{done.stdout}{done.stderr}"
+    return done
+
+
+# --- Reading what they print ----------------------------------------------------------------------------
+
+
+def kernel_of(symbol: str) -> str:
+    """``rank SumOfSquares float32`` for the mangled name of that kernel; of other kernels, their names."""
+
+    def element(mangled: str) -> str:
+        named = re.search(r"\d(Half|BFloat16|Float8\w*?)E$", mangled)
+        names = {"d": "float64", "f": "float32", "Half": "float16"}
+        name = named[1] if named else mangled
+        return names.get(name, name.lower())
+
+    rank = re.search(r"\d+rank_kernelINS_\d+([A-Za-z]+?)E(\w+?)EEvP", symbol)
+    if rank:
+        return f"rank {rank[1]} {element(rank[2])}"
+    write = re.search(r"\d+write_kernelI(\w+?)EEvP", symbol)
+    if write:
+        return f"write {element(write[1])}"
+    other = re.search(r"\d([a-z]+)_kernel", symbol)
+    return other[1] if other else symbol
+
+
+def read_report(report: str) -> dict[str, dict[str, Resources]]:
+    """The resources of each kernel, by architecture."""
+    resources: dict[str, dict[str, Resources]] = {architecture: {} for architecture in ARCHITECTURES}
+    for part in report.split("Compiling entry function ")[1:]:
+        symbol, architecture = re.match(r"'(\S+)' for '(\w+)'", part).groups()
+        # More than one line of each where the kernel calls functions that are not part of it.
+        stack, stores, loads = (
+            sum(map(int, re.findall(rf"(\d+) bytes {what}", part)))
+            for what in ("stack frame", "spill stores", "spill loads")
+        )
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        shared = sum(map(int, re.findall(r"(\d+) bytes smem", part)))
+        kernels = resources.setdefault(architecture, {})
+        kernels[kernel_of(symbol)] = Resources(registers, shared, stack, stores, loads)
+    return resources
+
+
+def read_machine_code(listing: str) -> dict[str, dict[str, Code]]:
+    """The instructions of each kernel, by architecture."""
+    kernels: dict[str, dict[str, Code]] = {architecture: {} for architecture in ARCHITECTURES}
+    instruction = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;")
+    architecture, code = "", []
+    for line in listing.splitlines():
+        found = instruction.match(line)
+        if found:
+            code.append(Instruction(int(found[1], 16), found[2]))
+        elif "code for sm_" in line:
+            architecture = line.split()[-1]
+        elif "Function : " in line:
+            code = kernels.setdefault(architecture, {})[kernel_of(line.split()[-1])] = []
+    return kernels
+
+
+def innermost_loops(code: Code) -> list[Code]:
+    """From the target of each backward branch to the branch, where no other such range lies within."""
+    ranges = set()
+    for instruction in code:
+        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction.text)
+        if target and int(target[1], 16) <= instruction.address:
+            ranges.add((int(target[1], 16), instruction.address))
+    innermost = [
+        (begin, end)
+        for begin, end in ranges
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in ranges)
+    ]
+    # A branch that waits forever, to itself, ends every kernel.
+    return [[i for i in code if begin <= i.address <= end] for begin, end in innermost if begin < end]
+
+
+def count(code: Code, pattern: str) -> int:
+    return sum(re.match(pattern, instruction.operation) is not None for instruction in code)
+
+
+def wide_load(kernel: str) -> str:
+    """The loads of elements in a rank kernel: whole vectors, through the path for constant data."""
+    return r"LDG\.E\.64\.CONSTANT" if kernel.endswith("float8") else r"LDG\.E\.128\.CONSTANT"
+
+
+def hot_loops(kernel: str, code: Code) -> list[Code]:
+    return [loop for loop in innermost_loops(code) if count(loop, wide_load(kernel)) > 0]
+
+
+def loads_used_early(kernel: str, loop: Code) -> list[str]:
+    """Instructions that need the result of one wide load before the last is under way."""
+    loads = [at for at, i in enumerate(loop) if re.match(wide_load(kernel), i.operation)]
+    width = 2 if kernel.endswith("float8") else 4
+    early, loaded = [], set()
+    for instruction in loop[: loads[-1] + 1]:
+        registers = {int(number) for number in re.findall(r"\bR(\d+)\b", instruction.text)}
+        if registers & loaded:
+            early.append(instruction.text)
+        if re.match(wide_load(kernel), instruction.operation):
+            first = int(re.search(r"\bR(\d+)\b", instruction.text)[1])
+            loaded |= set(range(first, first + width))
+    return early
+
+
+# --- What is compiled, once -----------------------------------------------------------------------------
+
+
+def compile_kernels(nvcc: pathlib.Path, sources: list[pathlib.Path], folder: pathlib.Path) -> str:
+    """Objects of ``sources`` in ``folder``; returns the compiler's report."""
+    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+
+    def compiled(source: pathlib.Path) -> str:
+        command = [nvcc, *FLAGS, *includes, *targets, "-Xptxas", "-v", "-c", source, "-o"]
+        done = run([*command, folder / f"{source.stem}.o"])
+        return done.stdout + done.stderr
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return "".join(pool.map(compiled, sources))
+
+
+def disassemble(cuobjdump: pathlib.Path, folder: pathlib.Path) -> str:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        listings = pool.map(lambda path: run([cuobjdump, "-sass", path]).stdout, sorted(folder.glob("*.o")))
+        return "".join(listings)
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    found = find_nvcc()
+    if found is None:
+        pytest.skip("no nvcc on this machine")
+    return found
+
+
+@pytest.fixture(scope="module")
+def cuobjdump(nvcc):
+    found = find_cuobjdump(nvcc)
+    if found is None:
+        pytest.skip("no cuobjdump on this machine (triton carries one; LNPRUNE_CUOBJDUMP names another)")
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects(nvcc):
+    """A folder with the objects of all kernels, and the compiler's report on them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        yield folder, compile_kernels(nvcc, sorted(KERNELS.glob("*.cu")), folder)
+
+
+@pytest.fixture(scope="module")
+def resources(objects):
+    return read_report(objects[1])
+
+
+@pytest.fixture(scope="module")
+def machine_code(objects, cuobjdump):
+    return read_machine_code(disassemble(cuobjdump, objects[0]))
+
+
+def occupancy_of(nvcc: pathlib.Path, folder: pathlib.Path) -> Callable[[list[Resources], int], list[int]]:
+    """How many blocks of so many threads an H200's multiprocessor holds of each kernel."""
+    source, program = folder / "occupancy.cpp", folder / "occupancy"
+    source.write_text(OCCUPANCY)
+    # A plain host program; nvcc hands it to the host compiler and knows where the header is.
+    run([nvcc, "--cudart=none", source, "-o", program])
+
+    def blocks(kernels: list[Resources], threads: int) -> list[int]:
+        lines = "".join(f"{kernel.registers} {kernel.shared} {threads}\n" for kernel in kernels)
+        return [int(line) for line in run([program], input=lines).stdout.split()]
+
+    return blocks
+
+
+@pytest.fixture(scope="module")
+def blocks_per_multiprocessor(nvcc, tmp_path_factory):
+    return occupancy_of(nvcc, tmp_path_factory.mktemp("occupancy"))
+
+
+def constant(file: str, name: str) -> int:
+    """The value of ``constexpr int name`` in a kernel's source."""
+    return int(re.search(rf"constexpr int {name} = (\d+);", (KERNELS / file).read_text())[1])
+
+
+def loads_in_flight(kernel: str, blocks: int) -> int:
+    """Bytes that the threads of a multiprocessor ask for before they use any."""
+    step, element = kernel.split()[0], kernel.split()[-1]
+    if step == "write":  # of the weight; a mask that is there already doubles them
+        return blocks * constant("masks.cu", "kThreads") * constant("masks.cu", "kVectorsPerThread") * 16
+    vector = 8 if element == "float8" else 16
+    return blocks * constant("norms.cu", "kThreads") * constant("norms.cu", "kVectorLoads") * vector
+
+
+# --- The tests ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_is_compiled(resources, architecture):
+    assert sorted(resources[architecture]) == sorted([*RANK, "select", *WRITE, "upload"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills_registers_or_has_a_stack(resources, architecture):
+    assert {
+        kernel: used
+        for kernel, used in resources[architecture].items()
+        if (used.stack, used.spill_stores, used.spill_loads) != (0, 0, 0)
+    } == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_instruction_uses_local_memory(machine_code, architecture):
+    uses = {kernel: count(code, r"(?:LDL|STL)\b") for kernel, code in machine_code[architecture].items()}
+    assert uses == dict.fromkeys([*RANK, "select", *WRITE, "upload"], 0)
+
+
+@pytest.mark.parametrize("kernel", RANK)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ranking_loops_load_whole_vectors(machine_code, architecture, kernel):
+    code = machine_code[architecture][kernel]
+    loops = hot_loops(kernel, code)
+    # Channels as runs and as columns, each for the norm and, unless it is the same, for counts of masks.
+    assert len(loops) >= (2 if "NonzeroCount" in kernel else 4)
+    loads = [count(loop, wide_load(kernel)) for loop in loops]
+    assert loads == [constant("norms.cu", "kVectorLoads")] * len(loops)
+    assert sum(loads) == count(code, wide_load(kernel))
+
+
+@pytest.mark.parametrize("kernel", RANK)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_loads_of_a_ranking_loop_are_in_flight_together(machine_code, architecture, kernel):
+    loops = hot_loops(kernel, machine_code[architecture][kernel])
+    assert loops
+    assert [loads_used_early(kernel, loop) for loop in loops] == [[]] * len(loops)
+
+
+@pytest.mark.parametrize("kernel", RANK)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ranking_loops_touch_no_other_memory(machine_code, architecture, kernel):
+    loops = hot_loops(kernel, machine_code[architecture][kernel])
+    assert loops
+    operations = {instruction.operation for loop in loops for instruction in loop}
+    accesses = {
+        name for name in operations if re.match(MEMORY, name) and not re.match(wide_load(kernel), name)
+    }
+    assert {name for name in accesses if re.match(SHARED, name)} == set()
+    # What the bits of float8 stand for is looked up in a table in device memory.
+    assert accesses <= ({"LD.E", "LDG.E", "LDG.E.CONSTANT"} if kernel.endswith("float8") else set())
+
+
+@pytest.mark.parametrize("kernel", WRITE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_writing_loads_and_stores_whole_vectors(machine_code, architecture, kernel):
+    code = machine_code[architecture][kernel]
+    # Two tensors read and two written, for positions of 32 and of 64 bits.
+    expected = 2 * 2 * constant("masks.cu", "kVectorsPerThread")
+    assert count(code, r"LDG\.E\.(?:\w+\.)*128") >= expected
+    assert count(code, r"STG\.E\.(?:\w+\.)*128") >= expected
+
+
+@pytest.mark.parametrize("element", [*ELEMENTS, "float8"])
+def test_enough_loads_are_in_flight_on_an_h200(resources, blocks_per_multiprocessor, element):
+    kernels = [f"rank {norm} {element}" for norm in NAMED_NORMS]
+    used = [resources["sm_90"][kernel] for kernel in kernels]
+    blocks = blocks_per_multiprocessor(used, constant("norms.cu", "kThreads"))
+    in_flight = {k: loads_in_flight(k, b) / 1024 for k, b in zip(kernels, blocks, strict=True)}
+    # Vectors of float8 are half as long: there are registers for the sums of 8 elements, not of 16.
+    assert min(in_flight.values()) >= (16 if element == "float8" else 32), in_flight
+
+
+FAULTY = r"""
+// Kernels with the faults that the tests of this file look for.
+__global__ void __launch_bounds__(1024, 2) spilling_kernel(const float* x, float* y) {
+  float values[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) values[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) y[i * 1024 + threadIdx.x] = values[(i * 7) % 64] * values[i];
+}
+
+__global__ void indexing_kernel(const float* x, float* y, int n) {
+  float values[32];
+  for (int i = 0; i < n; ++i) values[(i * 5) % 32] = x[i];
+  for (int i = 0; i < n; ++i) y[i] = values[(i * 3) % 32];
+}
+
+__global__ void sharing_kernel(const float4* x, float* y, const int* strides) {
+  __shared__ volatile int stride;
+  if (threadIdx.x == 0) stride = strides[blockIdx.x];
+  __syncthreads();
+  float sum = 0;
+#pragma unroll 1
+  for (int i = 0; i < 1000; ++i) {
+    const float4 a = __ldg(x + i * stride);
+    const float4 b = __ldg(x + i * stride + 1);
+    sum += a.x * a.y + a.z * a.w + b.x * b.y + b.z * b.w;
+  }
+  *y = sum;
+}
+
+__global__ void waiting_kernel(const float4* x, float* y, int n) {
+  float sum = 0;
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) {
+    const float4 a = __ldg(x + i);
+    sum += a.x;
+    const float4 b = __ldg(x + static_cast<int>(a.y));
+    sum += b.x * b.y * b.z * b.w * a.z * a.w;
+  }
+  *y = sum;
+}
+
+__global__ void narrow_kernel(const float* x, float* y, int n) {
+  float sum = 0;
+  for (int i = 0; i < n; ++i) sum += __ldg(x + i);
+  *y = sum;
+}
+"""
+
+
+def test_the_readers_see_the_faults_they_look_for(nvcc, cuobjdump, tmp_path):
+    source = tmp_path / "faulty.cu"
+    source.write_text(FAULTY)
+    resources = read_report(compile_kernels(nvcc, [source], tmp_path))
+    machine_code = read_machine_code(disassemble(cuobjdump, tmp_path))
+    for architecture in ARCHITECTURES:
+        used, code = resources[architecture], machine_code[architecture]
+        assert used["spilling"].registers == 32
+        assert min(used["spilling"].stack, used["spilling"].spill_stores, used["spilling"].spill_loads) > 0
+        assert used["indexing"].stack > 0
+        assert count(code["spilling"], r"(?:LDL|STL)\b") > 0
+        assert count(code["indexing"], r"(?:LDL|STL)\b") > 0
+        assert used["sharing"].shared == 4
+        [sharing] = hot_loops("sharing", code["sharing"])
+        assert count(sharing, r"LDS\b") > 0
+        assert loads_used_early("sharing", sharing) == []
+        [waiting] = hot_loops("waiting", code["waiting"])
+        assert loads_used_early("waiting", waiting) != []
+        assert innermost_loops(code["narrow"]) != []
+        assert hot_loops("narrow", code["narrow"]) == []
+
+
+# --- The table of docs/cuda.md --------------------------------------------------------------------------
+
+
+def spread(values: list[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def resource_table() -> str:
+    """Registers, blocks and loads in flight of each family of kernels on sm_90, as Markdown."""
+    nvcc = find_nvcc()
+    assert nvcc is not None, "no nvcc on this machine"
+    rank, write = constant("norms.cu", "kThreads"), constant("masks.cu", "kThreads")
+    families: list[tuple[str, list[str], int]] = []
+    for element in (*ELEMENTS, "float8"):
+        others = [norm for norm in NORMS if norm not in NAMED_NORMS]
+        for orders, norms in (("p in {0, 1, 2, inf, -inf}", NAMED_NORMS), ("other p", others)):
+            families.append((f"rank {element}, {orders}", [f"rank {n} {element}" for n in norms], rank))
+    families.append(("select", ["select"], constant("topk.cu", "kThreads")))
+    families += [(f"write {element}", [f"write {element}"], write) for element in ELEMENTS]
+    families.append(("write float8", [f"write {element}" for element in FLOAT8], write))
+
+    lines = [
+        "| kernels | registers | shared, bytes | blocks | KiB in flight |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        used = read_report(compile_kernels(nvcc, sorted(KERNELS.glob("*.cu")), folder))["sm_90"]
+        blocks_of = occupancy_of(nvcc, folder)
+        for family, kernels, threads in families:
+            rows = [used[kernel] for kernel in kernels]
+            blocks = blocks_of(rows, threads)
+            flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
+            cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
+            cells.append("" if family == "select" else spread(flight))
+            lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(resource_table())

@@ -1,0 +1,634 @@
+"""The emulated GPU: bugs seeded into the kernels are caught, and little is moved beyond what must be."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import re
+import secrets
+import tempfile
+import types
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import emulated_cuda
+import pytest
+import torch
+from torch import Tensor
+
+KERNELS = emulated_cuda.ROOT / "csrc" / "cuda"
+OPS = torch.ops.lnprune_emulated
+# How long the calls on broken kernels may take before they count as calls that never end.
+PATIENCE = 120.0
+BUILT = "built"
+NO_BUG = "no_bug"
+
+# A build with a bug runs in a process of its own, for it may die of what it does.
+SEED = secrets.randbits(32)  # of its inputs
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "torch.utils.cpp_extension"])
+
+
+@pytest.fixture(scope="module")
+def module():
+    """The emulation of the kernels as they are."""
+    return emulated_cuda.build()
+
+
+# What the seeded bugs break. Each check calls ops, which run in every scheduling order and raise where
+# the orders disagree, and compares their results with what is right. That is computed afterwards: memory
+# that an op failed to write must not hold it already.
+
+
+def check_runs(native: Any) -> None:
+    """Norms of runs: teams of several warps, ends within a vector, several chunks."""
+    for shape in ((16, 1029), (2, 40_001)):
+        values = cases.random_values(shape, torch.float32)
+        [norms] = native.channel_norms([values], [0], 2.0)
+        [norms_of_unaligned] = native.channel_norms([cases.unaligned(values)], [0], 2.0)
+        cases.assert_norms_close(norms, cases.exact_norms(values, 2, 0), 2, shape)
+        cases.assert_same_bits(norms_of_unaligned, norms, "another alignment")
+
+
+def check_columns(native: Any) -> None:
+    """Norms of columns: several strips and chunks, narrow rows with a short one at the end, odd runs."""
+    for shape, dtype in (
+        ((1400, 66), torch.float64),
+        ((1400, 132), torch.float32),
+        ((3001, 3), torch.float32),
+        ((16, 8, 301), torch.float32),
+    ):
+        values = cases.random_values(shape, dtype)
+        [norms] = native.channel_norms([values], [1], 2.0)
+        [norms_of_unaligned] = native.channel_norms([cases.unaligned(values)], [1], 2.0)
+        cases.assert_norms_close(norms, cases.exact_norms(values, 2, 1), 2, shape)
+        cases.assert_same_bits(norms_of_unaligned, norms, "another alignment")
+
+
+def check_identical_columns(native: Any) -> None:
+    """Equal norms of equal columns, in strips of different widths."""
+    columns = cases.random_values((1400, 40), torch.float64)
+    values = torch.cat([columns, cases.random_values((1400, 24), torch.float64), columns], dim=1)
+    [norms] = native.channel_norms([values], [1], 1.7)
+    assert torch.equal(norms[:40], norms[-40:]), "identical columns differ"
+
+
+def check_two_chunks(native: Any) -> None:
+    """Norms of two chunks, time and again: each time one block finds the other at another point."""
+    for _ in range(120):
+        values = cases.random_values((130, 64), torch.float64)
+        [norms] = native.channel_norms([values], [1], 2.0)
+        cases.assert_norms_close(norms, cases.exact_norms(values, 2, 1), 2)
+
+
+def check_selection(native: Any) -> None:
+    """The choice among more channels than threads, without ties and with ties that come in bursts."""
+    norms = [cases.random_values((1500,), torch.float64).abs() for _ in range(8)]
+    for values in norms[1:]:
+        share = torch.tensor([0.05, 0.95, 0.05]).roll(int(torch.randint(3, ()))).repeat_interleave(500)
+        values[torch.rand(1500) < share] = 1.0
+    counts = [int(values.lt(1.0).sum() + values.eq(1.0).sum() // 2) for values in norms]
+    keep = native.select_channels(norms, [], counts, [0.0] * len(norms))
+    for flags, values, count in zip(keep, norms, counts, strict=True):
+        assert flags.tolist() == cases.brute_force_keep(values.tolist(), count), "another choice"
+
+
+def check_writing(native: Any) -> None:
+    """Masks and masked weights of several tiles, the last one neither full nor of whole vectors."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in (cases.contiguous, cases.unaligned):
+            check_write(native, layout(cases.random_values((7, 3001), dtype)))
+
+
+def check_write(native: Any, values: Tensor) -> None:
+    keep = torch.rand(len(values)) < 0.5
+    keep[-1] = True
+    [mask], [weight] = native.write_masks([keep], [values], [], [values], [0])
+    expected_mask, expected_weight = cases.expected_write(keep, values, None, values, 0)
+    cases.assert_same_bits(mask, expected_mask, "mask")
+    cases.assert_same_bits(weight, expected_weight, "weight")
+
+
+def check_traffic(native: Any) -> None:
+    """What is moved to rank and to prune a convolution."""
+    assert_little_traffic(native.module, LAYOUTS["convolution_3x3_narrow_dim_1"], torch.float32)
+
+
+CHECKS = [
+    check_runs,
+    check_columns,
+    check_identical_columns,
+    check_two_chunks,
+    check_selection,
+    check_writing,
+    check_traffic,
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    """A text of a kernel, what replaces it, and the check that must notice."""
+
+    kernel: str
+    text: str
+    replacement: str
+    check: Callable[[Any], None]
+    says: str = ""
+
+
+BARRIER = "__syncthreads();"
+MISALIGNED = "misaligned vector"
+OTHER_ORDER = "another scheduling order"
+
+BUGS = {
+    "column_sums_read_before_a_barrier": Bug(
+        "norms.cu",
+        "  __syncthreads();\n#pragma unroll 1\n  for (int c = thread; c < columns; c += kThreads) {\n",
+        "#pragma unroll 1\n  for (int c = thread; c < columns; c += kThreads) {\n",
+        check_columns,
+    ),
+    "column_groups_read_before_a_barrier": Bug(
+        "norms.cu",
+        "    sums[0] = sum;\n  }\n  __syncthreads();\n",
+        "    sums[0] = sum;\n  }\n",
+        check_columns,
+    ),
+    "column_partials_read_before_a_barrier": Bug(
+        "norms.cu",
+        "shared[thread] = sum;\n    __syncthreads();\n",
+        "shared[thread] = sum;\n",
+        check_columns,
+    ),
+    "team_values_read_before_a_barrier": Bug(
+        "norms.cu",
+        "if (threadIdx.x % kWarp == 0) shared[warp] = value;\n    __syncthreads();\n",
+        "if (threadIdx.x % kWarp == 0) shared[warp] = value;\n",
+        check_runs,
+    ),
+    "shifted_slots_read_before_a_barrier": Bug(
+        "norms.cu",
+        "- shift) & mask] = partials[s];\n    __syncthreads();\n",
+        "- shift) & mask] = partials[s];\n",
+        check_runs,
+    ),
+    "ticket_drawn_before_a_fence": Bug(
+        "norms.cu",
+        "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    *shared_last",
+        "  __syncthreads();\n  if (threadIdx.x == 0) {\n    *shared_last",
+        check_columns,
+    ),
+    "ticket_drawn_before_a_barrier": Bug(
+        "norms.cu",
+        "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    *shared_last",
+        "  __threadfence();\n  if (threadIdx.x == 0) {\n    *shared_last",
+        check_two_chunks,
+    ),
+    "ticket_drawn_before_the_partials_are_stored": Bug(
+        "norms.cu",
+        "  if (first_of_team) put(task, norm, chunk, channel, total);\n\n"
+        "  if (!is_last_of_strip(task, strip, shared_last)) return;\n",
+        "  const bool last = is_last_of_strip(task, strip, shared_last);\n"
+        "  if (first_of_team) put(task, norm, chunk, channel, total);\n"
+        "  if (!last) return;\n",
+        check_runs,
+    ),
+    "ticket_read_before_a_barrier": Bug(
+        "norms.cu",
+        "  __syncthreads();\n  __threadfence();\n  return *shared_last",
+        "  __threadfence();\n  return *shared_last",
+        check_columns,
+    ),
+    "last_element_of_a_run_left_out": Bug(
+        "norms.cu",
+        "0, end - last * L, task.float8_values",
+        "0, end - last * L - 1, task.float8_values",
+        check_runs,
+    ),
+    "element_before_a_run_added": Bug(
+        "norms.cu",
+        "add_elements(norm, run, 1, shift, end, ",
+        "add_elements(norm, run, 1, shift - 1, end, ",
+        check_runs,
+    ),
+    "short_last_row_left_out": Bug(
+        "norms.cu",
+        "smaller((chunk + 1) * task.rows_per_chunk, task.rows);\n#pragma",
+        "smaller((chunk + 1) * task.rows_per_chunk, full_rows);\n#pragma",
+        check_columns,
+    ),
+    "fold_by_the_width_of_the_strip": Bug(
+        "norms.cu",
+        "task.channels_per_strip < kThreads ? task.channels_per_strip : kThreads;",
+        "channels < kThreads ? channels : kThreads;",
+        check_identical_columns,
+        "identical columns differ",
+    ),
+    "histogram_read_before_a_barrier": Bug(
+        "topk.cu", "    __syncthreads();\n    // Thread 0 has", "    // Thread 0 has", check_selection
+    ),
+    "histogram_cleared_without_a_barrier": Bug(
+        "topk.cu", "buckets[b] = 0;\n    __syncthreads();\n", "buckets[b] = 0;\n", check_selection
+    ),
+    "histogram_not_cleared": Bug(
+        "topk.cu", "b += kThreads) buckets[b] = 0;", "b += kThreads) buckets[b] += 0;", check_selection
+    ),
+    "bucket_read_before_a_barrier": Bug(
+        "topk.cu",
+        "shared->above = above;\n    }\n    __syncthreads();\n",
+        "shared->above = above;\n    }\n",
+        check_selection,
+    ),
+    "warp_sums_overwritten_by_a_faster_warp": Bug(
+        "topk.cu",
+        "  __syncthreads();\n  if (lane == kWarp - 1)",
+        "  if (lane == kWarp - 1)",
+        check_selection,
+        OTHER_ORDER,
+    ),
+    "last_element_of_a_tensor_not_written": Bug(
+        "masks.cu",
+        "written + thread, end, kThreads);",
+        "written + thread, end - 1, kThreads);",
+        check_writing,
+    ),
+    "first_element_after_the_vectors_not_written": Bug(
+        "masks.cu",
+        "written + thread, end, kThreads);",
+        "written + thread + 1, end, kThreads);",
+        check_writing,
+    ),
+    "barrier_for_half_a_warp": Bug(
+        "masks.cu",
+        "  __syncthreads();\n  if (task->elements",
+        "  __syncthreads();\n  if (threadIdx.x < 16) __syncthreads();\n  if (task->elements",
+        check_writing,
+        "divergence",
+    ),
+    "vectors_of_columns_misaligned": Bug(
+        "launches.cpp",
+        "task.aligned = is_aligned(task.elements, vector * bytes) && task.row_elements",
+        "task.aligned = true || task.row_elements",
+        check_columns,
+        f"{MISALIGNED} load",
+    ),
+    "strips_that_begin_within_a_vector": Bug(
+        "launches.cpp",
+        "(task.strips == 1 || task.columns_per_strip % vector == 0)",
+        "true",
+        check_columns,
+        f"{MISALIGNED} load",
+    ),
+    "strips_wider_than_a_block": Bug(
+        "launches.cpp", " && whole_unit <= kThreads * vector;", ";", check_columns
+    ),
+    "slots_of_runs_not_shifted_back": Bug(
+        "launches.cpp",
+        "task.aligned = is_aligned(task.elements, vector * bytes) && (has_one_run",
+        "task.aligned = true || (has_one_run",
+        check_runs,
+        "another alignment",
+    ),
+    "vectors_of_the_write_step_misaligned": Bug(
+        "launches.cpp",
+        "task.aligned = is_aligned(item.mask) && is_aligned(item.original)",
+        "task.aligned = true || is_aligned(item.original)",
+        check_writing,
+        f"{MISALIGNED} load",
+    ),
+    "vectors_loaded_twice": Bug(
+        "norms.cu",
+        "if (i + u < count) loaded[u] = load_vector",
+        "if (i + u < count) load_vector<kVectorBytes<T>>(elements + u * stride);\n"
+        "      if (i + u < count) loaded[u] = load_vector",
+        check_traffic,
+        "'rank', {",
+    ),
+    "tickets_not_set_to_zero": Bug(
+        "launches.cpp", "  std::memset(table + at, 0, table_bytes_ - at);\n", "", check_columns
+    ),
+}
+
+
+def check_failing_sizes(native: Any) -> None:
+    """Raises what calls with 777 elements say; those of other sizes between them must be right."""
+    messages = []
+    for elements in (776, 777, 778, 777, 776):
+        values = cases.random_values((elements, 1), torch.float32)
+        try:
+            [norms] = native.channel_norms([values], [0], 0.0)
+            native.select_channels([norms], [], [elements // 2], [0.0])
+            check_write(native, values)
+        except RuntimeError as error:
+            messages.append((elements, str(error)))
+    assert [elements for elements, _ in messages] == [777, 777], messages
+    raise RuntimeError(messages[-1][1])
+
+
+# Errors of some sizes only, and what the exceptions say: the line is the one marked in the replacement.
+FAILURES = {
+    "threads_that_leave_before_a_barrier": Bug(
+        "masks.cu",
+        "  __syncthreads();\n  if (task->elements",
+        "  __syncthreads();\n"
+        "  if (task->elements == 777 && threadIdx.x < 16) __syncthreads();  // marked\n"
+        "  if (task->elements",
+        check_failing_sizes,
+        r"emulated launch: divergence: thread 0 of block 0 waits at a barrier \(line {line}\), "
+        r"thread 16 of block 0 has finished \(line \d+\)",
+    ),
+    "threads_at_two_barriers": Bug(
+        "masks.cu",
+        "  __syncthreads();\n  if (task->elements",
+        "  if (task->elements == 777 && threadIdx.x % 2 == 0) __syncthreads();  // marked\n"
+        "  __syncthreads();\n"
+        "  if (task->elements",
+        check_failing_sizes,
+        r"emulated launch: divergence: thread 0 of block 0 waits at a barrier \(line {line}\), "
+        r"thread 1 of block 0 waits at a barrier \(line {next_line}\)",
+    ),
+    "lanes_that_miss_a_shuffle": Bug(
+        "topk.cu",
+        "  int64_t participants = 0;\n",
+        "  if (item.channels != 777 || threadIdx.x % kWarp != 5)\n"
+        "    least = __shfl_xor_sync(kAllLanes, least, 1);  // marked\n"
+        "  int64_t participants = 0;\n",
+        check_failing_sizes,
+        r"emulated launch: divergence: thread 0 of block 0 waits at a shuffle \(line {line}\), "
+        r"thread 5 of block 0 waits at a shuffle \(line \d+\)",
+    ),
+    "misaligned_load": Bug(
+        "masks.cu",
+        "originals[u] = load_vector<16>(original + i);",
+        "originals[u] = load_vector<16>(original + i + (end == 776 && item.slices.channels == 777));",
+        check_failing_sizes,
+        r"emulated launch: misaligned vector load: thread \d+ of block 0 runs",
+    ),
+    "misaligned_store": Bug(
+        "masks.cu",
+        "store_vector(static_cast<T*>(item.weight) + i, originals[u]);",
+        "store_vector(static_cast<T*>(item.weight) + i + (item.slices.channels == 777), originals[u]);",
+        check_failing_sizes,
+        r"emulated launch: misaligned vector store: thread \d+ of block 0 runs",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(request, module):
+    """What the checks say of the bugs whose tests are to run: several at a time, ahead of the tests."""
+    tests = [item for item in request.session.items if "verdicts" in item.fixturenames]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        names = [test.callspec.params["name"] for test in tests]
+        yield {name: pool.submit(verdict, name) for name in names}
+        pool.shutdown(cancel_futures=True)
+
+
+def verdict(name: str) -> str:
+    """What the first check to fail says of kernels with a bug; empty where none fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        patched = pathlib.Path(folder) / "cuda"
+        patched.mkdir()
+        for kernel, text in kernels_to_judge(name).items():
+            (patched / kernel).write_text(text)
+        checks = CHECKS if name == NO_BUG else [(BUGS | FAILURES)[name].check]
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=judge, args=(sender, patched, checks, SEED))
+        process.start()
+        sender.close()
+        try:
+            outcome = receiver.recv()
+            assert outcome == BUILT, outcome
+            if not receiver.poll(PATIENCE):
+                return f"no end within {PATIENCE} seconds"
+            with contextlib.suppress(EOFError):
+                return receiver.recv()
+            process.join()
+            return f"the process died with exit code {process.exitcode}"
+        finally:
+            process.kill()
+            process.join()
+
+
+def kernels_to_judge(name: str) -> dict[str, str]:
+    """By name, the kernel with the bug; where there is no bug, all kernels."""
+    if name == NO_BUG:
+        return {kernel: (KERNELS / kernel).read_text() for kernel in emulated_cuda.KERNELS}
+    bug = (BUGS | FAILURES)[name]
+    original = (KERNELS / bug.kernel).read_text()
+    assert original.count(bug.text) == 1, f"the text to replace is not once in {bug.kernel}: {bug.text}"
+    return {bug.kernel: original.replace(bug.text, bug.replacement)}
+
+
+def judge(sender: Any, patched: pathlib.Path, checks: list[Callable[[Any], None]], seed: int) -> None:
+    """Runs in a process of its own and sends two messages: that the kernels are built, and the verdict."""
+    try:
+        module = emulated_cuda.build(patched)
+    except Exception as error:
+        sender.send(f"no build: {error}")
+        return
+    sender.send(BUILT)
+    torch.manual_seed(seed)
+    native = in_every_order(module)
+    try:
+        for check in checks:
+            check(native)
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
+    else:
+        sender.send("")
+
+
+def in_every_order(module: Any) -> Any:
+    """The module, and the ops as they run in every scheduling order."""
+    ops = {op: emulated_cuda.in_every_order(module, getattr(OPS, op)) for op in emulated_cuda.OPS}
+    return types.SimpleNamespace(module=module, **ops)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_seeded_bug_is_caught(name, verdicts):
+    found = verdicts[name].result()
+    assert found, f"not caught, with torch.manual_seed({SEED})"
+    assert BUGS[name].says in found
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failure_names_thread_and_line_and_ends_one_call(name, verdicts):
+    bug = FAILURES[name]
+    lines = kernels_to_judge(name)[bug.kernel].splitlines()
+    line = next((number for number, text in enumerate(lines, 1) if text.endswith("// marked")), 0)
+    pattern = bug.says.replace("{line}", str(line)).replace("{next_line}", str(line + 1))
+    assert re.search(pattern, verdicts[name].result())
+
+
+@pytest.mark.parametrize("name", [NO_BUG])
+def test_kernels_without_a_bug_pass(name, verdicts):
+    assert verdicts[name].result() == "", f"with torch.manual_seed({SEED})"
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_optimised_kernels_pass(check, module):
+    check(in_every_order(module))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A shape, the dim of its channels, and how its elements lie in memory."""
+
+    shape: tuple[int, ...]
+    dim: int
+    arrange: Callable[[Tensor], Tensor] = cases.contiguous
+
+
+LAYOUTS = {
+    "linear_dim_0": Layout((512, 512), 0),
+    "linear_dim_1": Layout((512, 512), 1),
+    "linear_transposed": Layout((512, 512), 0, cases.transposed),
+    "convolution_3x3_dim_0": Layout((256, 128, 3, 3), 0),
+    "convolution_3x3_dim_1": Layout((256, 128, 3, 3), 1),
+    "convolution_3x3_narrow_dim_0": Layout((128, 64, 3, 3), 0),
+    "convolution_3x3_narrow_dim_1": Layout((128, 64, 3, 3), 1),
+    "convolution_3x3_channels_last_dim_1": Layout((256, 128, 3, 3), 1, cases.channels_last),
+    "convolution_1x1_dim_0": Layout((256, 512, 1, 1), 0),
+    "convolution_1x1_dim_1": Layout((512, 256, 1, 1), 1),
+    "convolution_of_one_dim": Layout((256, 256, 5), 1),
+    "convolution_7x7_dim_0": Layout((512, 3, 7, 7), 0),
+    "convolution_7x7_dim_1": Layout((512, 3, 7, 7), 1),
+    "convolution_depthwise": Layout((20_000, 1, 3, 3), 0),
+    "few_long_runs": Layout((4, 64_000), 0),
+    "few_long_columns": Layout((64_000, 4), 1),
+    "many_short_runs": Layout((64_000, 4), 0),
+    "many_short_columns": Layout((4, 64_000), 1),
+    "rows_of_runs": Layout((16, 64, 320), 1),
+    "rows_of_odd_runs": Layout((16, 64, 301), 1),
+    "odd_pitch_dim_0": Layout((128, 2049), 0),
+    "odd_pitch_dim_1": Layout((128, 2049), 1),
+    "odd_pitch_many_rows_dim_1": Layout((501, 501), 1),
+    "unaligned_dim_0": Layout((512, 512), 0, cases.unaligned),
+    "unaligned_dim_1": Layout((512, 512), 1, cases.unaligned),
+    "unaligned_convolution_dim_0": Layout((256, 128, 3, 3), 0, cases.unaligned),
+    "unaligned_convolution_dim_1": Layout((256, 128, 3, 3), 1, cases.unaligned),
+}
+# What is moved, as a multiple of the least: bytes, and the 32-byte sectors that hold them.
+MOST_BYTES = 1.03
+MOST_SECTORS = 1.15
+
+ONE_BY_ONE = (
+    "rows begin within a vector: warps load elements side by side and share sectors with neighbours"
+)
+ENDS = "runs begin and end within a vector: each element there is a load, and counts as a sector"
+NARROW = "strips of eight-byte vectors are 216 or 240 bytes wide and begin and end within a sector"
+# Layouts that touch more sectors: the most by bytes of an element, and why. Neighbouring accesses share
+# those sectors, so that a cache serves them; the bytes are at their least.
+SECTORS_OF_EXCEPTIONS: dict[str, tuple[dict[int, float], str]] = {
+    "convolution_3x3_dim_1": ({1: 1.25}, NARROW),
+    "convolution_3x3_narrow_dim_1": ({1: 1.25}, NARROW),
+    "convolution_of_one_dim": ({1: 1.2}, NARROW),
+    "convolution_7x7_dim_0": ({4: 1.35, 2: 2.05, 1: 3.4}, ENDS),
+    "convolution_7x7_dim_1": ({8: 1.3, 4: 1.65, 2: 2.8, 1: 4.5}, ONE_BY_ONE),
+    "rows_of_odd_runs": ({4: 1.3, 2: 1.5, 1: 2.1}, ONE_BY_ONE),
+    "odd_pitch_dim_0": ({1: 1.25}, ENDS),
+    "odd_pitch_dim_1": ({4: 1.25, 2: 1.5, 1: 2.0}, ONE_BY_ONE),
+    "rows_of_odd_runs": ({4: 1.35, 2: 1.7, 1: 2.45}, ONE_BY_ONE),
+    "odd_pitch_many_rows_dim_1": ({4: 1.3, 2: 1.7, 1: 2.45}, ONE_BY_ONE),
+    "unaligned_dim_0": ({4: 1.2, 2: 1.45, 1: 1.85}, ENDS),
+    "unaligned_dim_1": ({4: 1.3, 2: 1.55, 1: 2.05}, ONE_BY_ONE),
+    "unaligned_convolution_dim_0": ({2: 1.35, 1: 1.7}, ENDS),
+    "unaligned_convolution_dim_1": ({8: 1.25, 4: 1.5, 2: 2.05, 1: 3.2}, ONE_BY_ONE),
+}
+
+
+def traffic(module: Any, call: Callable[[], Any]) -> dict[str, int]:
+    """What a call reads and writes, in bytes."""
+    module.set_schedule(0, 0)
+    module.set_recording(False)
+    module.start_metering()
+    call()
+    meter = module.stop_metering()
+    sectors = {name: 32 * count for name, count in meter.items() if "sectors" in name}
+    return meter | sectors
+
+
+def assert_little_traffic(
+    module: Any, layout: Layout, dtype: torch.dtype, most_sectors: float = MOST_SECTORS
+) -> float:
+    """Checks what ranking and pruning move. Returns the most sectors read, in multiples of the least."""
+    values = layout.arrange(cases.random_values(layout.shape, dtype))
+    mask = torch.ones(layout.shape).to(dtype)
+    channels = layout.shape[layout.dim]
+    elements = values.numel()
+    weight = elements * values.element_size()
+    dims = [layout.dim]
+
+    def rank() -> None:
+        OPS.channel_norms([values], dims, 2.0)
+
+    def prune() -> None:
+        OPS.prune_channels([values], [], [values], dims, 2.0, [-1], [0.5])
+
+    def prune_again() -> None:
+        OPS.prune_channels([values], [mask], [values.contiguous()], dims, 2.0, [-1], [0.5])
+
+    worst = 0.0
+    # Norms take eight bytes per channel, counts of mask elements as many, keep flags one.
+    for call, least_read, results, small in (
+        (rank, weight, 0, 8 * channels),
+        (prune, 2 * weight, 2 * weight, 9 * channels),
+        (prune_again, 4 * weight, 2 * weight, 17 * channels),
+    ):
+        found = traffic(module, call)
+        case = (call.__name__, found, weight, channels)
+        assert least_read <= found["bytes_read"] <= MOST_BYTES * least_read, case
+        partials = found["bytes_read"] - least_read
+        assert found["bytes_written"] == results + small + partials, case
+        assert found["sectors_read"] <= most_sectors * least_read, case
+        worst = max(worst, found["sectors_read"] / least_read)
+        if call is not rank:
+            assert partials <= (MOST_BYTES - 1) * results, case
+            assert found["sectors_written"] <= MOST_SECTORS * (results + small), case
+            # Norms and counts are read to choose, and then one flag per run; the rest are tables.
+            flags = elements // values.stride(layout.dim)
+            assert found["cached_sectors"] <= small + flags + 0.1 * (least_read + results), case
+    return worst
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str
+)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_little_is_moved_beyond_the_least(name, dtype, module):
+    exceptions, reason = SECTORS_OF_EXCEPTIONS.get(name, ({}, ""))
+    most = exceptions.get(dtype.itemsize, MOST_SECTORS)
+    worst = assert_little_traffic(module, LAYOUTS[name], dtype, most)
+    assert most == MOST_SECTORS or worst > MOST_SECTORS, f"no exception any more: {reason}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *cases.NATIVE_DTYPES[5:]], ids=str)
+@pytest.mark.parametrize("name", ["linear_dim_1", "convolution_3x3_dim_0"])
+def test_little_is_moved_whatever_the_dtype(name, dtype, module):
+    assert_little_traffic(module, LAYOUTS[name], dtype)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(1, torch.float64), (2, torch.float32), (54, torch.bfloat16), (300, torch.float8_e5m2)],
+)
+def test_at_most_three_launches_whatever_the_length_of_a_list(length, dtype, module):
+    weights, masks, dims = [], [], []
+    for _ in range(length):
+        shape = [(12, 20), (300, 5), (6, 4, 3, 3), (3, 90)][int(torch.randint(4, ()))]
+        weights.append(cases.random_values(shape, dtype))
+        masks.append(torch.ones(shape).to(dtype))
+        dims.append(int(torch.randint(2, ())))
+    amounts = [-1] * length, [0.5] * length
+
+    def launches(call: Callable[[], Any]) -> int:
+        return traffic(module, call)["launches"]
+
+    assert launches(lambda: OPS.channel_norms(weights, dims, 2.0)) == 1
+    assert launches(lambda: OPS.prune_channels(weights, [], weights, dims, 2.0, *amounts)) <= 3
+    assert launches(lambda: OPS.prune_channels(weights, masks, weights, dims, 2.0, *amounts)) <= 3
