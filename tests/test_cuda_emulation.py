@@ -533,7 +533,6 @@ SECTORS_OF_EXCEPTIONS: dict[str, tuple[dict[int, float], str]] = {
     "rows_of_odd_runs": ({4: 1.3, 2: 1.5, 1: 2.1}, ONE_BY_ONE),
     "odd_pitch_dim_0": ({1: 1.25}, ENDS),
     "odd_pitch_dim_1": ({4: 1.25, 2: 1.5, 1: 2.0}, ONE_BY_ONE),
-    "rows_of_odd_runs": ({4: 1.35, 2: 1.7, 1: 2.45}, ONE_BY_ONE),
     "odd_pitch_many_rows_dim_1": ({4: 1.3, 2: 1.7, 1: 2.45}, ONE_BY_ONE),
     "unaligned_dim_0": ({4: 1.2, 2: 1.45, 1: 1.85}, ENDS),
     "unaligned_dim_1": ({4: 1.3, 2: 1.55, 1: 2.05}, ONE_BY_ONE),
