@@ -151,6 +151,16 @@ LNPRUNE_FUNCTION double power(double x, double p) {
   return x != x ? x : result;
 }
 
+// The Real that elements of a type are widened to.
+template <class T>
+struct RealOf {
+  using Type = float;
+};
+template <>
+struct RealOf<double> {
+  using Type = double;
+};
+
 // p = 0: how many elements are not zero.
 template <class Real>
 struct NonzeroCount {

@@ -29,7 +29,7 @@ def _load() -> dict[str, str]:
     try:
         from lnprune import _C
     except ImportError as error:
-        libraries = sorted(path.name for path in pathlib.Path(__file__).parent.glob("_C*.so"))
+        libraries = sorted(path.name for path in pathlib.Path(__file__).parent.glob("_C.*so"))
         built = f"built: {', '.join(libraries)}" if libraries else "none has been built"
         raise ImportError(
             f"lnprune cannot load its native library ({built}; running: torch "

@@ -74,7 +74,7 @@ def test_without_a_library_the_error_says_how_to_build_one(folder):
 
 def test_a_library_that_does_not_load_is_named(folder):
     copy_sources(folder)
-    (library,) = (pathlib.Path(lnprune.__file__).parent).glob("_C*.so")
+    (library,) = (pathlib.Path(lnprune.__file__).parent).glob("_C.*so")
     (folder / "lnprune" / library.name).write_bytes(b"no library")
     result = import_in(folder)
     assert result.returncode == 1

@@ -1,15 +1,6 @@
 // Narrow elements widened to float or double, exactly. Included once per instruction set, by
 // loops.h.
 
-template <class T>
-struct RealOf {
-  using Type = float;
-};
-template <>
-struct RealOf<double> {
-  using Type = double;
-};
-
 // A block of elements is read as Reals: in place where they can be, else through a buffer.
 constexpr int64_t kBlock = 512;
 

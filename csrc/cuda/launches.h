@@ -86,6 +86,18 @@ class Launches {
   size_t bytes_ = 0;
 };
 
+// The task that a block works on: the last that begins at or before it.
+template <class Task>
+__device__ __forceinline__ Task task_of_block(const Task* tasks, int count, unsigned block) {
+  int low = 0;
+#pragma unroll 1
+  for (int high = count; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (load_cached(&tasks[middle].first_block) <= block ? low : high) = middle;
+  }
+  return load_cached(tasks + low);
+}
+
 // The kernels of each step, on tables in device memory.
 cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks, int count,
                         int64_t blocks, cudaStream_t stream);

@@ -121,15 +121,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     write_kernel(const WriteTask* tasks, int count) {
   LNPRUNE_SHARED(WriteTask, task, 1);
-  if (threadIdx.x == 0) {
-    int low = 0;
-#pragma unroll 1
-    for (int high = count; high - low > 1;) {
-      const int middle = (low + high) / 2;
-      (load_cached(&tasks[middle].first_block) <= blockIdx.x ? low : high) = middle;
-    }
-    task[0] = load_cached(tasks + low);
-  }
+  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
   __syncthreads();
   if (task->elements <= 0xffffffffll) {
     write_tile_of<T, uint32_t>(*task);

@@ -2,8 +2,7 @@
 // block of a strip folds its chunks.
 //
 // An element's accumulator and the order of every fold follow from its index, never from alignment
-// or from which block is last. Where 16-byte loads are not aligned, threads load elements one by
-// one, side by side, and sort the accumulators afterwards.
+// or from which block is last.
 #include "../lp_norm.h"
 #include "launches.h"
 
@@ -13,15 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 // Vectors that a thread loads before it adds.
 constexpr int kVectorLoads = 4;
-
-template <class T>
-struct RealOf {
-  using Type = float;
-};
-template <>
-struct RealOf<double> {
-  using Type = double;
-};
 
 template <class T>
 constexpr int kVectorBytes = rank_vector_bytes(sizeof(T));
@@ -121,8 +111,7 @@ __device__ __forceinline__ typename Norm::Partial fold_team(const Norm& norm,
   return value;
 }
 
-// Where a channel's partial goes, and whether this block is the last of the strip and so has all
-// partials to fold. Every thread of the block calls it.
+// A chunk's partial, or, where that is all there is, the norm.
 template <class Norm>
 __device__ __forceinline__ void put(const RankTask& task, const Norm& norm, int64_t chunk,
                                     int64_t channel, typename Norm::Partial partial) {
@@ -134,6 +123,8 @@ __device__ __forceinline__ void put(const RankTask& task, const Norm& norm, int6
   }
 }
 
+// Whether this block is the last of its strip and has all partials to fold. Every thread of the
+// block calls it.
 __device__ __forceinline__ bool is_last_of_strip(const RankTask& task, int64_t strip,
                                                  int* shared_last) {
   if (task.chunks == 1) return false;
@@ -193,7 +184,7 @@ __device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm
     for (; row < end_row; row += task.groups) {
       if (first != lane) add_elements(norm, run, 1, shift, end, task.float8_values, slots);
       add_vectors(norm, run + first * L, task.lanes * L, vectors, task.float8_values, slots);
-      const int last = first + (vectors > 0 ? vectors : 0) * task.lanes;
+      const int last = first + vectors * task.lanes;
       if (last == end / L) {
         add_elements(norm, run + last * L, 1, 0, end - last * L, task.float8_values, slots);
       }
@@ -370,15 +361,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
   LNPRUNE_SHARED(uint64_t, shared, kThreads* kLength<T>);
   LNPRUNE_SHARED(RankTask, task, 1);
   LNPRUNE_SHARED(int, shared_last, 1);
-  if (threadIdx.x == 0) {
-    int low = 0;
-#pragma unroll 1
-    for (int high = count; high - low > 1;) {
-      const int middle = (low + high) / 2;
-      (load_cached(&tasks[middle].first_block) <= blockIdx.x ? low : high) = middle;
-    }
-    task[0] = load_cached(tasks + low);
-  }
+  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
   __syncthreads();
   if constexpr (!std::is_same_v<Norm<Real>, NonzeroCount<Real>>) {
     if (!task->counts) {
