@@ -1,9 +1,14 @@
 """The rules of the source tree that no compiler checks."""
 
 import pathlib
+import platform
 import re
+import shutil
+import subprocess
 
 import pytest
+
+from lnprune import _C
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
@@ -59,3 +64,25 @@ def test_the_build_sets_no_flag_that_changes_results():
     assert re.findall(r"-ffast-math|-Ofast|-march=native|-std=|use_fast_math", setup) == []
     assert "-ffp-contract=off" in setup
     assert len(setup.splitlines()) < 80
+
+
+def calls_when_loaded(source: str) -> set[str]:
+    """What the library calls, for one source file, the moment that it is loaded."""
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _C.__file__]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "<lnprune::cpu::write(" in listing, "the library has its symbols"
+    start = listing.find(f"<_GLOBAL__sub_I_{source}>:")
+    if start < 0:
+        return set()
+    body = listing[start : listing.index("\n\n", start)]
+    return set(re.findall(r"(?:call|jmp) +\w+ <(.+?)(?:@plt)?>$", body, re.MULTILINE))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one set of loops")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils is not installed")
+@pytest.mark.parametrize("level", [3, 4])
+def test_loading_runs_no_instruction_that_a_processor_may_lack(level):
+    # What is made at load time, a static table say, is made by the file's own instruction set, on every
+    # processor. The two calls allowed are those of <iostream>.
+    calls = calls_when_loaded(f"loops_x86_64_v{level}.cpp")
+    assert calls <= {"std::ios_base::Init::Init()", "__cxa_atexit"}

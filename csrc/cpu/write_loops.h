@@ -6,21 +6,21 @@
 template <class T>
 constexpr int64_t kWriteBlock = 8192 / sizeof(T);
 
-// Flag<T>::times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where
+// Flag<T>().times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where
 // that is faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
 template <class T, size_t kBytes = sizeof(T)>
 struct Flag {
   using Bits = T;
   static constexpr bool kOnBits = false;
-  LNPRUNE_FUNCTION static T times(T flag, T x) { return flag * x; }
+  LNPRUNE_FUNCTION T times(T flag, T x) const { return flag * x; }
 };
 
 template <uint16_t kInfinity, uint16_t kOneBits, uint16_t kQuiet>
 struct Flag16 {
   using Bits = uint16_t;
   static constexpr bool kOnBits = true;
-  static constexpr Bits kOne = kOneBits;
-  LNPRUNE_FUNCTION static Bits times(Bits flag, Bits x) {
+  const Bits one = kOneBits;
+  LNPRUNE_FUNCTION Bits times(Bits flag, Bits x) const {
     const Bits magnitude = x & 0x7fff;
     const Bits kept = flag != 0 ? 0xffff : 0;
     // 0 * infinity and NaN alike: a quiet NaN. 1 * infinity stays.
@@ -52,10 +52,17 @@ template <class T>
 struct Flag<T, 1> {
   using Bits = uint8_t;
   static constexpr bool kOnBits = true;
-  inline static const ProductTable<T> kTable{};
-  inline static const Bits kOne = T(1.0f).x;
-  LNPRUNE_FUNCTION static Bits times(Bits flag, Bits x) {
-    return flag != 0 ? kTable.times_one[x] : kTable.times_zero[x];
+  const ProductTable<T>& table;
+  const Bits one;
+  LNPRUNE_FUNCTION Flag() : table(shared_table()), one(T(1.0f).x) {}
+  LNPRUNE_FUNCTION Bits times(Bits flag, Bits x) const {
+    return flag != 0 ? table.times_one[x] : table.times_zero[x];
+  }
+  // Made on the first call: what is made when the library is loaded would run these instructions
+  // on processors without them.
+  static const ProductTable<T>& shared_table() {
+    static const ProductTable<T> table;
+    return table;
   }
 };
 
@@ -67,7 +74,8 @@ LNPRUNE_FUNCTION void multiply_flags(const T* __restrict flags, const T* __restr
   const Bits* __restrict flag_bits = reinterpret_cast<const Bits*>(flags);
   const Bits* __restrict x_bits = reinterpret_cast<const Bits*>(x);
   Bits* __restrict out_bits = reinterpret_cast<Bits*>(out);
-  for (int64_t i = 0; i < n; ++i) out_bits[i] = Flag<T>::times(flag_bits[i], x_bits[i]);
+  const Flag<T> product;
+  for (int64_t i = 0; i < n; ++i) out_bits[i] = product.times(flag_bits[i], x_bits[i]);
 }
 
 // out[i] = mask[i] * x[i]. Masks are mostly ones and zeros, but custom ones can hold anything.
@@ -77,7 +85,7 @@ LNPRUNE_FUNCTION void multiply(const T* __restrict mask, const T* __restrict x, 
   if constexpr (Flag<T>::kOnBits) {
     using Bits = typename Flag<T>::Bits;
     const Bits* bits = reinterpret_cast<const Bits*>(mask);
-    const Bits one = Flag<T>::kOne;
+    const Bits one = Flag<T>().one;
     Bits other = 0;
     for (int64_t i = 0; i < n; ++i) {
       const Bits without_one = bits[i] == one ? Bits{0} : bits[i];
@@ -111,7 +119,8 @@ LNPRUNE_FUNCTION void multiply_flag(T flag, const T* __restrict x, T* __restrict
   const Bits flag_bits = lnprune::bit_cast<Bits>(flag);
   const Bits* __restrict x_bits = reinterpret_cast<const Bits*>(x);
   Bits* __restrict out_bits = reinterpret_cast<Bits*>(out);
-  for (int64_t i = 0; i < n; ++i) out_bits[i] = Flag<T>::times(flag_bits, x_bits[i]);
+  const Flag<T> product;
+  for (int64_t i = 0; i < n; ++i) out_bits[i] = product.times(flag_bits, x_bits[i]);
 }
 
 // As bits: GCC vectorises no copies of class types.
