@@ -77,8 +77,14 @@ def pruning_again(name: str, weight_bytes: int) -> Prediction:
     return Prediction(f"repeated call, {name}", 4 * weight_bytes, 2 * weight_bytes, PRUNE_LAUNCHES)
 
 
+def pruning_in_place(name: str, weight_bytes: int, pruned_share: float = 0.5) -> Prediction:
+    """Pruning in place: weights are read to rank, and the pruned part of them is written."""
+    written = round(pruned_share * weight_bytes)
+    return Prediction(f"in place, {name}", weight_bytes, written, PRUNE_LAUNCHES)
+
+
 def predictions() -> Iterator[Prediction]:
-    """The cases of the benchmark that have a target, and the repeated call."""
+    """The cases of the benchmark that have a target, the repeated call, and half of weights in place."""
     quarter, whole = 1 << 28, 1 << 30
 
     def named(shape: Shape, dtype: torch.dtype) -> tuple[str, int]:
@@ -101,6 +107,13 @@ def predictions() -> Iterator[Prediction]:
         "224 matrices of a 7B transformer, bfloat16, one list", total(TRANSFORMER_7B, torch.bfloat16)
     )
     yield pruning(*named((64, 64), torch.float32))
+    for size in (quarter, whole):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield pruning_in_place(*named(matrix_of(size, dtype), dtype))
+    yield pruning_in_place("54 weights of ResNet-50, float32, one list", total(RESNET50, torch.float32))
+    yield pruning_in_place(
+        "224 matrices of a 7B transformer, bfloat16, one list", total(TRANSFORMER_7B, torch.bfloat16)
+    )
 
 
 def table() -> str:

@@ -29,6 +29,11 @@ enum class ElementType : int {
 };
 constexpr int kElementTypes = 8;
 
+constexpr int64_t element_bytes(ElementType type) {
+  constexpr int64_t kBytes[kElementTypes] = {8, 4, 2, 2, 1, 1, 1, 1};
+  return kBytes[static_cast<int>(type)];
+}
+
 // One tensor to rank: its elements, and room for one norm per channel.
 struct RankItem {
   const void* elements;
@@ -61,6 +66,15 @@ struct WriteItem {
   Slices slices;
 };
 
+// One tensor whose pruned channels become zero in place: +0.0, whatever was there. Kept channels
+// are as they were, bit for bit.
+struct ZeroItem {
+  const bool* keep;
+  void* elements;
+  ElementType type;
+  Slices slices;
+};
+
 // What one call asks for on one device. Lists that are empty ask for nothing; the others run in
 // this order, each reading what those before it wrote.
 struct Steps {
@@ -69,6 +83,7 @@ struct Steps {
   std::vector<RankItem> masks;          // ranked by order 0: how many elements are not zero
   std::vector<SelectItem> selections;
   std::vector<WriteItem> writes;
+  std::vector<ZeroItem> zeros;
 };
 
 namespace cpu {
@@ -80,6 +95,7 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* cont
 void rank(const RankItem* items, size_t count, NormOrder order, ParallelFor parallel_for);
 void select(const SelectItem* items, size_t count, ParallelFor parallel_for);
 void write(const WriteItem* items, size_t count, ParallelFor parallel_for);
+void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for);
 
 // Asks the system to back a large block with huge pages. Worth it before the first write, when one
 // fault per huge page replaces hundreds.

@@ -28,6 +28,7 @@ struct CpuBackend {
     }
     cpu::select(steps.selections.data(), steps.selections.size(), parallel_for);
     cpu::write(steps.writes.data(), steps.writes.size(), parallel_for);
+    cpu::zero(steps.zeros.data(), steps.zeros.size(), parallel_for);
   }
 
   class Scratch {

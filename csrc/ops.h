@@ -1,7 +1,7 @@
 // The native ops of any backend: schemas, checks, views, outputs, and the steps that they ask for.
 //
 // Every op takes lists; one tensor is a list of one. None is differentiable and none returns an
-// alias. A backend has
+// alias; those whose names end in an underscore write their tensors in place. A backend has
 //   device_type()                           of its tensors, as aoti_torch_device_type_*()
 //   run(int32_t device, const Steps&)       runs the steps on one device
 //   Scratch(int32_t device, size_t bytes)   memory of one call there; data()
@@ -44,6 +44,10 @@ void define_ops(Library& library) {
   library.def(
       "prune_channels(Tensor[] scores, Tensor[] masks, Tensor[] originals, int[] dims, float p,"
       " int[] counts, float[] fractions) -> (Tensor[], Tensor[])");
+  library.def("zero_channels_(Tensor(a!)[] tensors, Tensor[] keep, int[] dims) -> ()");
+  library.def(
+      "prune_channels_(Tensor[] scores, Tensor(a!)[] weights, int[] dims, float p, int[] counts,"
+      " float[] fractions) -> ()");
 }
 
 template <class Backend>
@@ -91,19 +95,8 @@ class Ops {
 
   static std::tuple<Tensors, Tensors> write_masks(Tensors keep, Tensors scores, Tensors masks,
                                                   Tensors originals, std::vector<int64_t> dims) {
-    STD_TORCH_CHECK(keep.size() == scores.size(), "lnprune: expected keep flags for each of ",
-                    scores.size(), " tensors, got ", keep.size());
     const std::vector<View> views = views_along(scores, dims);
-    std::vector<const bool*> flags;
-    for (size_t i = 0; i < keep.size(); ++i) {
-      STD_TORCH_CHECK(
-          keep[i].scalar_type() == torch::headeronly::ScalarType::Bool && keep[i].dim() == 1 &&
-              keep[i].is_contiguous() && keep[i].numel() == views[i].slices.channels,
-          "lnprune: expected ", views[i].slices.channels, " contiguous bool keep flags, got ",
-          keep[i].numel(), " of ", torch::headeronly::toString(keep[i].scalar_type()));
-      check_device(keep[i], views[i].device, "keep flags");
-      flags.push_back(static_cast<const bool*>(keep[i].const_data_ptr()));
-    }
+    const std::vector<const bool*> flags = checked_flags(keep, views);
     Writing writing(views, masks, originals, dims);
     StepsByDevice steps;
     for (size_t i = 0; i < views.size(); ++i) {
@@ -122,36 +115,39 @@ class Ops {
     const NormOrder order = checked_order(p);
     Writing writing(views, masks, originals, dims);
 
-    // Per device one block: the norms of all tensors, their mask counts, their keep flags.
-    std::map<int32_t, int64_t> channels;
-    for (const View& view : views) channels[view.device] += view.slices.channels;
-    const int64_t doubles = masks.empty() ? 1 : 2;
-    std::map<int32_t, Room> rooms;
-    for (const auto& [device, count] : channels) {
-      rooms.try_emplace(device, device, count, doubles);
+    Choice choice(views, writing.mask_views, order, counts, fractions);
+    for (size_t i = 0; i < views.size(); ++i) {
+      choice.steps[views[i].device].writes.push_back(writing.item(i, choice.keep[i]));
     }
+    run(choice.steps);
+    return {std::move(writing.new_masks), std::move(writing.weights)};
+  }
+
+  static void zero_channels_(Tensors tensors, Tensors keep, std::vector<int64_t> dims) {
+    const std::vector<View> views = writable_views_along(tensors, dims);
+    const std::vector<const bool*> flags = checked_flags(keep, views);
     StepsByDevice steps;
     for (size_t i = 0; i < views.size(); ++i) {
-      const View& view = views[i];
-      Room& room = rooms.at(view.device);
-      const int64_t count = view.slices.channels;
-      double* norms = room.norms;
-      double* mask_counts = masks.empty() ? nullptr : room.norms + room.channels;
-      bool* keep = room.keep;
-      room.norms += count;
-      room.keep += count;
-      Steps& here = steps[view.device];
-      here.order = order;
-      here.scores.push_back({view.tensor.const_data_ptr(), view.type, view.slices, norms});
-      if (mask_counts != nullptr) {
-        const View& mask = writing.mask_views[i];
-        here.masks.push_back({mask.tensor.const_data_ptr(), mask.type, mask.slices, mask_counts});
-      }
-      here.selections.push_back({norms, mask_counts, count, counts[i], fractions[i], keep});
-      here.writes.push_back(writing.item(i, keep));
+      steps[views[i].device].zeros.push_back(zero_item(views[i], flags[i]));
     }
     run(steps);
-    return {std::move(writing.new_masks), std::move(writing.weights)};
+  }
+
+  static void prune_channels_(Tensors scores, Tensors weights, std::vector<int64_t> dims, double p,
+                              std::vector<int64_t> counts, std::vector<double> fractions) {
+    check_amounts(scores.size(), counts, fractions);
+    const std::vector<View> views = views_along(scores, dims);
+    const std::vector<View> targets = writable_views_along(weights, dims);
+    for (size_t i = 0; i < targets.size(); ++i) {
+      STD_TORCH_CHECK(same_values(scores[i].sizes(), weights[i].sizes()),
+                      "lnprune: expected a weight of the shape of its scores");
+      check_device(targets[i].tensor, views[i].device, "the weight");
+    }
+    Choice choice(views, {}, checked_order(p), counts, fractions);
+    for (size_t i = 0; i < targets.size(); ++i) {
+      choice.steps[targets[i].device].zeros.push_back(zero_item(targets[i], choice.keep[i]));
+    }
+    run(choice.steps);
   }
 
  private:
@@ -220,6 +216,64 @@ class Ops {
               layouts[i].slices};
     }
   };
+
+  // The rank and select steps of a call, and where their keep flags will be.
+  struct Choice {
+    std::map<int32_t, Room> rooms;
+    StepsByDevice steps;
+    std::vector<const bool*> keep;
+
+    Choice(const std::vector<View>& views, const std::vector<View>& mask_views, NormOrder order,
+           const std::vector<int64_t>& counts, const std::vector<double>& fractions) {
+      // Per device one block: the norms of all tensors, their mask counts, their keep flags.
+      std::map<int32_t, int64_t> channels;
+      for (const View& view : views) channels[view.device] += view.slices.channels;
+      const int64_t doubles = mask_views.empty() ? 1 : 2;
+      for (const auto& [device, count] : channels) {
+        rooms.try_emplace(device, device, count, doubles);
+      }
+      for (size_t i = 0; i < views.size(); ++i) {
+        const View& view = views[i];
+        Room& room = rooms.at(view.device);
+        const int64_t count = view.slices.channels;
+        double* norms = room.norms;
+        double* mask_counts = mask_views.empty() ? nullptr : room.norms + room.channels;
+        bool* flags = room.keep;
+        room.norms += count;
+        room.keep += count;
+        Steps& here = steps[view.device];
+        here.order = order;
+        here.scores.push_back({view.tensor.const_data_ptr(), view.type, view.slices, norms});
+        if (mask_counts != nullptr) {
+          const View& mask = mask_views[i];
+          here.masks.push_back({mask.tensor.const_data_ptr(), mask.type, mask.slices, mask_counts});
+        }
+        here.selections.push_back({norms, mask_counts, count, counts[i], fractions[i], flags});
+        keep.push_back(flags);
+      }
+    }
+  };
+
+  static ZeroItem zero_item(const View& view, const bool* keep) {
+    return {keep, const_cast<void*>(view.tensor.const_data_ptr()), view.type, view.slices};
+  }
+
+  static std::vector<const bool*> checked_flags(const Tensors& keep,
+                                                const std::vector<View>& views) {
+    STD_TORCH_CHECK(keep.size() == views.size(), "lnprune: expected keep flags for each of ",
+                    views.size(), " tensors, got ", keep.size());
+    std::vector<const bool*> flags;
+    for (size_t i = 0; i < keep.size(); ++i) {
+      STD_TORCH_CHECK(keep[i].scalar_type() == ScalarType::Bool && keep[i].dim() == 1 &&
+                          keep[i].is_contiguous() && keep[i].numel() == views[i].slices.channels,
+                      "lnprune: expected ", views[i].slices.channels,
+                      " contiguous bool keep flags, got ", keep[i].numel(), " of ",
+                      torch::headeronly::toString(keep[i].scalar_type()));
+      check_device(keep[i], views[i].device, "keep flags");
+      flags.push_back(static_cast<const bool*>(keep[i].const_data_ptr()));
+    }
+    return flags;
+  }
 
   static void run(const StepsByDevice& steps) {
     for (const auto& [device, here] : steps) Backend::run(device, here);
@@ -310,6 +364,16 @@ class Ops {
     return views;
   }
 
+  // Of tensors that are written in place, so that a dense copy would not do.
+  static std::vector<View> writable_views_along(const Tensors& tensors,
+                                                const std::vector<int64_t>& dims) {
+    for (const Tensor& tensor : tensors) {
+      STD_TORCH_CHECK(is_dense(tensor.sizes().data(), tensor.strides().data(), tensor.dim()),
+                      "lnprune: expected a tensor without gaps or overlaps to write in place");
+    }
+    return views_along(tensors, dims);
+  }
+
   static std::vector<View> view_masks(const Tensors& masks, const std::vector<View>& scores,
                                       const std::vector<int64_t>& dims) {
     STD_TORCH_CHECK(masks.empty() || masks.size() == scores.size(),
@@ -367,6 +431,8 @@ class Ops {
   library.impl("channel_norms", TORCH_BOX(&lnprune::Ops<Backend>::channel_norms));     \
   library.impl("select_channels", TORCH_BOX(&lnprune::Ops<Backend>::select_channels)); \
   library.impl("write_masks", TORCH_BOX(&lnprune::Ops<Backend>::write_masks));         \
-  library.impl("prune_channels", TORCH_BOX(&lnprune::Ops<Backend>::prune_channels))
+  library.impl("prune_channels", TORCH_BOX(&lnprune::Ops<Backend>::prune_channels));   \
+  library.impl("zero_channels_", TORCH_BOX(&lnprune::Ops<Backend>::zero_channels_));   \
+  library.impl("prune_channels_", TORCH_BOX(&lnprune::Ops<Backend>::prune_channels_))
 
 }  // namespace lnprune

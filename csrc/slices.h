@@ -5,6 +5,8 @@
 
 namespace lnprune {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Slices {
   int64_t outer;
   int64_t channels;

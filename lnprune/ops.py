@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 __all__ = [
     "are_native",
@@ -18,8 +19,10 @@ __all__ = [
     "has_cuda",
     "is_native",
     "prune_channels",
+    "prune_channels_",
     "select_channels",
     "write_masks",
+    "zero_channels_",
 ]
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -127,7 +130,11 @@ def are_native(a: Tensor, b: Tensor) -> bool:
 
 # No op has a derivative: autograd is passed by, so that inputs need no detaching.
 _library = torch.library.Library("lnprune", "IMPL")
-for _name in ("channel_norms", "select_channels", "write_masks", "prune_channels"):
+_OPS = (
+    *("channel_norms", "select_channels", "write_masks", "prune_channels"),
+    *("zero_channels_", "prune_channels_"),
+)
+for _name in _OPS:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 # Looked up once: an attribute chain per call costs as much as the smallest kernel.
@@ -135,6 +142,8 @@ _channel_norms = torch.ops.lnprune.channel_norms.default
 _select_channels = torch.ops.lnprune.select_channels.default
 _write_masks = torch.ops.lnprune.write_masks.default
 _prune_channels = torch.ops.lnprune.prune_channels.default
+_zero_channels_ = torch.ops.lnprune.zero_channels_.default
+_prune_channels_ = torch.ops.lnprune.prune_channels_.default
 
 
 def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
@@ -248,3 +257,48 @@ def _(
     fractions: list[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     return _fake_masks(scores, masks, originals)
+
+
+def zero_channels_(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Writes zeros in place, to the channels along ``dims[i]`` that are not flagged in ``keep[i]``.
+
+    Always +0.0, where a mask times infinity would give NaN. Kept channels are not touched. The tensors
+    are without gaps and overlaps.
+    """
+    if tensors:  # the dispatcher finds no backend in an empty list
+        _zero_channels_(tensors, keep, dims)
+        increment_version(tensors)
+
+
+@torch.library.register_fake("lnprune::zero_channels_")
+def _(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> None:
+    return None
+
+
+def prune_channels_(
+    scores: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dims: Sequence[int],
+    p: float,
+    counts: Sequence[int],
+    fractions: Sequence[float],
+) -> None:
+    """:func:`channel_norms` of the scores, :func:`select_channels` and :func:`zero_channels_` in one call.
+
+    ``scores[i]`` may be ``weights[i]`` itself.
+    """
+    if scores:  # the dispatcher finds no backend in an empty list
+        _prune_channels_(scores, weights, dims, p, counts, fractions)
+        increment_version(weights)
+
+
+@torch.library.register_fake("lnprune::prune_channels_")
+def _(
+    scores: list[Tensor],
+    weights: list[Tensor],
+    dims: list[int],
+    p: float,
+    counts: list[int],
+    fractions: list[float],
+) -> None:
+    return None

@@ -91,6 +91,25 @@ LARGE_SHAPES = {
     "many_channels": ((30_000, 2), 0),
     "one_channel": ((1, 70_001), 0),
 }
+# Shapes and dims that take every path of the write step: columns with and without an inner block, more
+# columns than a call takes, more rows than a task takes, runs, runs cut in the middle by a task.
+WRITE_PATHS = {
+    "columns": ((37, 29), 1),
+    "columns_of_blocks": ((5, 12, 3, 3), 1),
+    "columns_of_two_strips": ((7, 8200), 1),
+    "blocks_of_two_strips": ((3, 950, 3, 3), 1),
+    "rows_of_several_tasks": ((6000, 100), 1),
+    "short_runs": ((9, 63), 0),
+    "runs": ((9, 64), 0),
+    "rows_of_runs": ((4, 5, 77), 1),
+    "runs_beyond_a_block": ((3, 1030), 0),
+    "runs_cut_by_tasks": ((300, 1999), 0),
+    "rows_of_runs_cut_by_tasks": ((3, 40, 2503), 1),
+    "dims_of_size_one": ((1, 6, 1, 4, 1), 1),
+    "one_channel": ((1, 700), 0),
+    "one_channel_outermost": ((700, 1), 1),
+    "many_channels": ((60_000, 2), 0),
+}
 
 
 def contiguous(values: Tensor) -> Tensor:
@@ -165,6 +184,29 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu
     """Random values of both signs from 1/32 to about 40: none is zero, in no dtype."""
     values = (0.25 + torch.randn(shape).abs()) * 2.0 ** torch.randint(-3, 4, shape)
     return (values * (torch.randint(0, 2, shape) * 2 - 1)).to(dtype).to(device)
+
+
+def special_values(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Random values with infinities, NaN, both zeros, denormals and extremes among them."""
+    tensor = random_values(shape, torch.float64).flatten()
+    largest = torch.finfo(dtype).max
+    smallest = torch.finfo(dtype).smallest_normal
+    specials = [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, largest, -largest, smallest]
+    specials += [smallest / 2, -smallest / 4, 1.0, -1.0]
+    places = torch.randperm(tensor.numel())[: max(1, tensor.numel() // 3)]
+    tensor[places] = torch.tensor(specials, dtype=torch.float64)[torch.randint(len(specials), places.shape)]
+    if dtype not in DTYPES_WITH_INFINITY:
+        tensor[tensor.isinf()] = largest
+    return tensor.view(shape).to(dtype).to(device)
+
+
+def random_keep(channels: int, device: str = "cpu") -> Tensor:
+    """Flags of both values wherever there are two channels."""
+    keep = torch.rand(channels) < 0.5
+    keep[torch.randint(channels, (1,))] = True
+    if channels > 1:
+        keep[(int(keep.nonzero()[0]) + 1) % channels] = False
+    return keep.to(device)
 
 
 def wide(tensor: Tensor) -> Tensor:

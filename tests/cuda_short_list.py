@@ -95,12 +95,29 @@ def write(device: str) -> None:
     assert_all_same_bits(actual, expected, "masks alone")
 
 
+def zero(offset: int, layout: str, device: str) -> None:
+    """Pruned channels of a list become zero in place, by given flags and in all three steps at once."""
+    tensors, dims = tensors_of(offset, layout)
+    scores, _ = tensors_of(offset, layout)
+    keeps = [cases.random_keep(t.shape[dim]) for t, dim in zip(tensors, dims, strict=True)]
+    amounts = [-1] * len(tensors), [0.4] * len(tensors)
+    here, scores_here = (moved(part, layout, device) for part in (tensors, scores))
+    ops.zero_channels_(here, [keep.to(device) for keep in keeps], dims)
+    ops.zero_channels_(tensors, keeps, dims)
+    assert_all_same_bits(here, tensors, ("zeros", offset, layout))
+    ops.prune_channels_(scores_here, here, dims, 2.0, *amounts)
+    ops.prune_channels_(scores, tensors, dims, 2.0, *amounts)
+    assert_all_same_bits(here, tensors, ("in place", offset, layout))
+
+
 def run(device: str) -> None:
     """Runs the list on a device; what the CPU gives is right."""
     for offset in range(len(cases.NATIVE_DTYPES)):
         prune(offset, "contiguous", device)
+        zero(offset, "contiguous", device)
     for layout in ("unaligned", "transposed", "channels_last"):
         prune(1, layout, device)
+        zero(1, layout, device)
     for n in cases.NORMS:
         for offset in (0, 3):
             rank(offset, n, device)

@@ -40,6 +40,7 @@ DEVICE_TESTS = (
     "test_norms.py",
     "test_selection.py",
     "test_write.py",
+    "test_zero.py",
     "test_repeated.py",
     "test_ln_structured.py",
     "test_large.py",

@@ -10,12 +10,13 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COPIED = ("csrc", "lnprune", "setup.py", "pyproject.toml", "README.md", "LICENSE", "tests")
 # The tests that run native code on every path; the others add nothing for a sanitizer to see.
-TESTS = ("test_norms.py", "test_selection.py", "test_write.py", "test_ops.py")
+TESTS = ("test_norms.py", "test_selection.py", "test_write.py", "test_zero.py", "test_ops.py")
 # The CUDA kernels on the emulated GPU take longer: every path once, not every dtype and order.
-EMULATED_TESTS = ("test_norms.py", "test_selection.py", "test_write.py")
+EMULATED_TESTS = ("test_norms.py", "test_selection.py", "test_write.py", "test_zero.py")
 EMULATED_CHOICE = (
     "test_norms_of_every_dtype and bfloat16 or test_an_unaligned and float64 or test_ties or test_nan_is"
     " or test_only_channels or test_first_masks and float16 or test_repeated_masks_and and float32"
+    " or test_every_path and float16 or test_neighbours or test_threads_and_lists"
 )
 
 

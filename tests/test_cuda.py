@@ -50,6 +50,20 @@ def prune(tensors, dims, masks=()):
     return ops.prune_channels(tensors, list(masks), tensors, dims, 2.0, [-1] * count, [0.5] * count)
 
 
+def prune_in_place(scores, weights, dims):
+    """Half of the channels of a list become zero."""
+    count = len(weights)
+    ops.prune_channels_(scores, weights, dims, 2.0, [-1] * count, [0.5] * count)
+
+
+def assert_pruned_in_place(weights, before, dims, scores=None, case=""):
+    """What the CPU makes of the weights as they were before, ranked by the scores or by themselves."""
+    expected = [weight.to("cpu", copy=True) for weight in before]
+    prune_in_place(expected if scores is None else [score.cpu() for score in scores], expected, dims)
+    for number, (weight, wanted) in enumerate(zip(weights, expected, strict=True)):
+        cases.assert_same_bits(weight.cpu(), wanted, (case, number))
+
+
 def on_the_cpu(tensors, dims, masks=()):
     """What the CPU makes of the same list."""
     return prune([tensor.cpu() for tensor in tensors], dims, [mask.cpu() for mask in masks])
@@ -246,6 +260,19 @@ def test_a_graph_computes_with_what_its_inputs_hold(make, repeated):
         assert_same_results(results, on_the_cpu(tensors, dims, masks), replay)
 
 
+@pytest.mark.parametrize("make", [one_matrix, mixed_list])
+def test_a_graph_prunes_in_place_what_its_inputs_hold(make):
+    scores, dims = make()
+    weights = [torch.zeros_like(score) for score in scores]
+    graph, _ = captured(lambda: prune_in_place(scores, weights, dims))
+    for replay in range(4):
+        for tensor in (*scores, *weights):
+            tensor.copy_(cases.random_values(tuple(tensor.shape), tensor.dtype))
+        before = [weight.clone() for weight in weights]
+        graph.replay()
+        assert_pruned_in_place(weights, before, dims, scores, replay)
+
+
 def test_replays_in_a_row():
     """Each finds the counters of finished blocks as the one before found them."""
     tensor = torch.randn(3000, 700, device="cuda")
@@ -290,6 +317,10 @@ CALLS = {
     "norms": (lambda weight: weight, lambda weight: lnprune.channel_norms(weight, 2, 1)),
     "channel mask": (lambda weight: weight, lambda weight: lnprune.channel_mask(weight, 0.5, 1, 0)),
     "a list": (lambda weight: [weight] * 20, lambda weights: prune(weights, [0, 1] * 10)),
+    "in place": (
+        lambda weight: [weight] * 20,
+        lambda weights: prune_in_place(weights, weights, [0, 1] * 10),
+    ),
     "first call": (module_of, lambda module: lnprune.ln_structured(module, "weight", 0.5, 2, 0)),
     "first call, a number": (module_of, lambda module: lnprune.ln_structured(module, "weight", 5, 2, 1)),
     "nothing to prune": (module_of, lambda module: lnprune.ln_structured(module, "weight", 0, 2, 0)),
@@ -341,6 +372,21 @@ def test_a_call_runs_on_the_current_stream():
             tensor.view(torch.uint8).zero_()
     stream.synchronize()
     assert_same_results(copies, prune(values, dims))
+
+
+def test_a_call_in_place_runs_on_the_current_stream():
+    values, dims = mixed_list("cpu")
+    pinned = [value.pin_memory() for value in values]
+    weights = [torch.zeros_like(value, device="cuda") for value in values]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SHORT)
+        for weight, value in zip(weights, pinned, strict=True):
+            weight.copy_(value, non_blocking=True)
+        prune_in_place(weights, weights, dims)
+    stream.synchronize()
+    assert_pruned_in_place(weights, values, dims)
 
 
 def test_a_module_on_a_side_stream():
@@ -430,6 +476,9 @@ def test_tensors_of_one_call_on_several_devices():
     expected = on_the_cpu(tensors, dims)
     assert_same_results(results, expected)
     assert_same_results(prune(tensors, dims, results[0]), on_the_cpu(tensors, dims, expected[0]))
+    before = [tensor.clone() for tensor in tensors]
+    prune_in_place(tensors, tensors, dims)
+    assert_pruned_in_place(tensors, before, dims)
 
 
 def test_mixed_devices_give_the_references_error():
@@ -457,6 +506,14 @@ def test_a_list_on_the_cpu_and_on_cuda_is_refused():
             ops.channel_norms(mixed, [0, 0], 2.0)
     with pytest.raises(RuntimeError, match="lnprune: expected"):
         ops.prune_channels(tensors[:1], [torch.ones(6, 5)], [], [0], 2.0, [1], [0.0])
+    before = [tensor.clone() for tensor in tensors]
+    for mixed in (tensors, tensors[::-1]):
+        with pytest.raises(RuntimeError, match="lnprune: expected"):
+            prune_in_place(mixed, mixed, [0, 0])
+        with pytest.raises(RuntimeError, match="lnprune: expected"):
+            prune_in_place(mixed[:1], mixed[1:], [0])
+    for tensor, unchanged in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, unchanged)
 
 
 # Memory.
@@ -464,12 +521,14 @@ def test_a_list_on_the_cpu_and_on_cuda_is_refused():
 
 def test_a_thousand_calls_leave_no_memory_behind():
     tensors, dims = mixed_list()
+    copies = [tensor.clone() for tensor in tensors]
     weight = torch.randn(300, 200, device="cuda")
     graph_input = torch.randn(300, 200, device="cuda")
     graph, results = captured(lambda: prune([graph_input], [0]))
 
     def calls():
         prune(tensors, dims)
+        prune_in_place(tensors, copies, dims)
         ops.channel_norms(tensors, dims, 1.7)
         module = pruned_once(weight)
         lnprune.ln_structured(module, "weight", 1, 2, 1)
@@ -485,7 +544,7 @@ def test_a_thousand_calls_leave_no_memory_behind():
     for _ in range(20):
         calls()
     before = held()
-    for _ in range(200):  # five calls each
+    for _ in range(200):  # six calls each
         calls()
     assert held() == before
     assert_same_results(results, on_the_cpu([graph_input], [0]))
@@ -589,3 +648,7 @@ def test_pruning_beyond_32_bits(shape, dtype, dim):
         flags = (keep[some, None] if dim == 0 else keep[None]).float()
         assert bool((mask[some].float() == flags).all()), start
         assert bool((weight[some].float() == flags * matrix[some].float()).all()), start
+    prune_in_place([matrix], [matrix], [dim])
+    for start in range(0, shape[0], 1024):
+        some = slice(start, start + 1024)
+        assert bool((matrix[some].float() == weight[some].float()).all()), start

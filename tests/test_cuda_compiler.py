@@ -31,6 +31,7 @@ ELEMENTS = ("float64", "float32", "float16", "bfloat16")
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 RANK = [f"rank {norm} {element}" for norm in NORMS for element in (*ELEMENTS, "float8")]
 WRITE = [f"write {element}" for element in (*ELEMENTS, *FLOAT8)]
+ZERO = [f"zero uint{bits}" for bits in (64, 32, 16, 8)]
 
 # What an H200 has, for cuda_occupancy.h; a line of input is "registers, bytes of shared memory, threads".
 OCCUPANCY = """
@@ -150,6 +151,9 @@ def kernel_of(symbol: str) -> str:
     write = re.search(r"\d+write_kernelI(\w+?)EEvP", symbol)
     if write:
         return f"write {element(write[1])}"
+    zero = re.search(r"\d+zero_kernelI(\w)EEvP", symbol)
+    if zero:
+        return f"zero uint{ {'h': 8, 't': 16, 'j': 32, 'm': 64}[zero[1]] }"
     other = re.search(r"\d([a-z]+)_kernel", symbol)
     return other[1] if other else symbol
 
@@ -316,9 +320,9 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
     """Bytes that the threads of a multiprocessor ask for before they use any."""
     step, element = kernel.split()[0], kernel.split()[-1]
     if step == "write":  # of the weight; a mask that is there already doubles them
-        return blocks * constant("masks.cu", "kThreads") * constant("masks.cu", "kVectorsPerThread") * 16
+        return blocks * constant("launches.h", "kThreads") * constant("masks.cu", "kVectorsPerThread") * 16
     vector = 8 if element == "float8" else 16
-    return blocks * constant("norms.cu", "kThreads") * constant("norms.cu", "kVectorLoads") * vector
+    return blocks * constant("launches.h", "kThreads") * constant("norms.cu", "kVectorLoads") * vector
 
 
 # --- The tests ------------------------------------------------------------------------------------------
@@ -326,7 +330,7 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_compiled(resources, architecture):
-    assert sorted(resources[architecture]) == sorted([*RANK, "select", *WRITE, "upload"])
+    assert sorted(resources[architecture]) == sorted([*RANK, "select", *WRITE, *ZERO, "upload"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -341,7 +345,7 @@ def test_no_kernel_spills_registers_or_has_a_stack(resources, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_instruction_uses_local_memory(machine_code, architecture):
     uses = {kernel: count(code, r"(?:LDL|STL)\b") for kernel, code in machine_code[architecture].items()}
-    assert uses == dict.fromkeys([*RANK, "select", *WRITE, "upload"], 0)
+    assert uses == dict.fromkeys([*RANK, "select", *WRITE, *ZERO, "upload"], 0)
 
 
 @pytest.mark.parametrize("kernel", RANK)
@@ -388,11 +392,35 @@ def test_writing_loads_and_stores_whole_vectors(machine_code, architecture, kern
     assert count(code, r"STG\.E\.(?:\w+\.)*128") >= expected
 
 
+@pytest.mark.parametrize("kernel", ZERO)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_zeroing_stores_whole_vectors_and_loads_flags(machine_code, architecture, kernel):
+    code = machine_code[architecture][kernel]
+    # For positions of 32 and of 64 bits.
+    assert count(code, r"STG\.E\.(?:\w+\.)*128") == 2 * constant("masks.cu", "kVectorsPerThread")
+    loads = {instruction.operation for instruction in code if count([instruction], r"(?:LD|LDG)\b")}
+    # The task of the block, in its 8-byte parts, and flags.
+    assert {name for name in loads if not re.match(r"LDG?\.E\.(?:64|U8)\b", name)} == set()
+
+
+@pytest.mark.parametrize("kernel", ZERO)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flags_to_zero_by_are_in_flight_together(machine_code, architecture, kernel):
+    stores = r"(?:ST|STG)\b"
+    loops = [loop for loop in innermost_loops(machine_code[architecture][kernel]) if count(loop, stores)]
+    assert len(loops) == 2  # of single elements: for positions of 32 and of 64 bits
+    for loop in loops:
+        elements = 128 // int(kernel.removeprefix("zero uint"))
+        first = next(at for at, instruction in enumerate(loop) if count([instruction], stores))
+        assert count(loop[:first], r"LDG?\.E\.U8\b") == count(loop[first:], stores) == elements
+        assert count(loop[first:], r"(?:LD|LDG)\b") == 0
+
+
 @pytest.mark.parametrize("element", [*ELEMENTS, "float8"])
 def test_enough_loads_are_in_flight_on_an_h200(resources, blocks_per_multiprocessor, element):
     kernels = [f"rank {norm} {element}" for norm in NAMED_NORMS]
     used = [resources["sm_90"][kernel] for kernel in kernels]
-    blocks = blocks_per_multiprocessor(used, constant("norms.cu", "kThreads"))
+    blocks = blocks_per_multiprocessor(used, constant("launches.h", "kThreads"))
     in_flight = {k: loads_in_flight(k, b) / 1024 for k, b in zip(kernels, blocks, strict=True)}
     # Vectors of float8 are half as long: there are registers for the sums of 8 elements, not of 16.
     assert min(in_flight.values()) >= (16 if element == "float8" else 32), in_flight
@@ -482,15 +510,18 @@ def resource_table() -> str:
     """Registers, blocks and loads in flight of each family of kernels on sm_90, as Markdown."""
     nvcc = find_nvcc()
     assert nvcc is not None, "no nvcc on this machine"
-    rank, write = constant("norms.cu", "kThreads"), constant("masks.cu", "kThreads")
+    threads_of_a_block = constant("launches.h", "kThreads")
     families: list[tuple[str, list[str], int]] = []
     for element in (*ELEMENTS, "float8"):
         others = [norm for norm in NORMS if norm not in NAMED_NORMS]
         for orders, norms in (("p in {0, 1, 2, inf, -inf}", NAMED_NORMS), ("other p", others)):
-            families.append((f"rank {element}, {orders}", [f"rank {n} {element}" for n in norms], rank))
-    families.append(("select", ["select"], constant("topk.cu", "kThreads")))
-    families += [(f"write {element}", [f"write {element}"], write) for element in ELEMENTS]
-    families.append(("write float8", [f"write {element}" for element in FLOAT8], write))
+            families.append(
+                (f"rank {element}, {orders}", [f"rank {n} {element}" for n in norms], threads_of_a_block)
+            )
+    families.append(("select", ["select"], constant("topk.cu", "kSelectThreads")))
+    families += [(f"write {element}", [f"write {element}"], threads_of_a_block) for element in ELEMENTS]
+    families.append(("write float8", [f"write {element}" for element in FLOAT8], threads_of_a_block))
+    families.append(("zero, elements of 1, 2, 4 or 8 bytes", ZERO, threads_of_a_block))
 
     lines = [
         "| kernels | registers | shared, bytes | blocks | KiB in flight |",
@@ -505,7 +536,7 @@ def resource_table() -> str:
             blocks = blocks_of(rows, threads)
             flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
             cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
-            cells.append("" if family == "select" else spread(flight))
+            cells.append("" if kernels[0] in ("select", *ZERO) else spread(flight))
             lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -114,9 +114,30 @@ def check_write(native: Any, values: Tensor) -> None:
     cases.assert_same_bits(weight, expected_weight, "weight")
 
 
+def check_zeroing(native: Any) -> None:
+    """Zeros in place of several tiles and dtypes, in vectors pruned as a whole, in part and not at all."""
+    tensors, keeps, dims = [], [], []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float8_e5m2):
+        for layout in (cases.contiguous, cases.unaligned):
+            for shape, dim in (((9, 3001), 0), ((901, 30), 1)):
+                tensors.append(layout(cases.random_values(shape, dtype)))
+                keeps.append(cases.random_keep(shape[dim]))
+                dims.append(dim)
+    before = [cases.bits(tensor) for tensor in tensors]
+    native.zero_channels_(tensors, keeps, dims)
+    for tensor, held, keep, dim in zip(tensors, before, keeps, dims, strict=True):
+        flags = keep.view((-1, 1) if dim == 0 else (1, -1))
+        assert torch.equal(cases.bits(tensor), held * flags), "other elements are zero"
+
+
 def check_traffic(native: Any) -> None:
     """What is moved to rank and to prune a convolution."""
     assert_little_traffic(native.module, LAYOUTS["convolution_3x3_narrow_dim_1"], torch.float32)
+
+
+def check_traffic_in_place(native: Any) -> None:
+    """What is moved to prune a convolution in place."""
+    assert_only_zeros_are_written(native.module, LAYOUTS["convolution_3x3_narrow_dim_1"], torch.bfloat16)
 
 
 CHECKS = [
@@ -126,7 +147,9 @@ CHECKS = [
     check_two_chunks,
     check_selection,
     check_writing,
+    check_zeroing,
     check_traffic,
+    check_traffic_in_place,
 ]
 
 
@@ -144,6 +167,7 @@ class Bug:
 BARRIER = "__syncthreads();"
 MISALIGNED = "misaligned vector"
 OTHER_ORDER = "another scheduling order"
+START_OF_WRITING = "  if (task->elements <= 0xffffffffll) {\n    write_tile_of"
 
 BUGS = {
     "column_sums_read_before_a_barrier": Bug(
@@ -235,7 +259,10 @@ BUGS = {
         "topk.cu", "buckets[b] = 0;\n    __syncthreads();\n", "buckets[b] = 0;\n", check_selection
     ),
     "histogram_not_cleared": Bug(
-        "topk.cu", "b += kThreads) buckets[b] = 0;", "b += kThreads) buckets[b] += 0;", check_selection
+        "topk.cu",
+        "b += kSelectThreads) buckets[b] = 0;",
+        "b += kSelectThreads) buckets[b] += 0;",
+        check_selection,
     ),
     "bucket_read_before_a_barrier": Bug(
         "topk.cu",
@@ -264,10 +291,45 @@ BUGS = {
     ),
     "barrier_for_half_a_warp": Bug(
         "masks.cu",
-        "  __syncthreads();\n  if (task->elements",
-        "  __syncthreads();\n  if (threadIdx.x < 16) __syncthreads();\n  if (task->elements",
+        f"  __syncthreads();\n{START_OF_WRITING}",
+        f"  __syncthreads();\n  if (threadIdx.x < 16) __syncthreads();\n{START_OF_WRITING}",
         check_writing,
         "divergence",
+    ),
+    "last_element_of_a_tensor_not_zeroed": Bug(
+        "masks.cu",
+        "zeroed + thread, end);",
+        "zeroed + thread, end - 1);",
+        check_zeroing,
+        "other elements are zero",
+    ),
+    "vectors_zeroed_as_a_whole": Bug(
+        "masks.cu",
+        "if (pruned[u] == (1u << L) - 1) {",
+        "if (pruned[u] != 0) {",
+        check_zeroing,
+        "other elements are zero",
+    ),
+    "vectors_that_cross_channels_zeroed_by_their_first_flag": Bug(
+        "masks.cu",
+        "if (flags.inner - flags.within >= kCount) return",
+        "if (flags.inner >= kCount) return",
+        check_zeroing,
+        "other elements are zero",
+    ),
+    "elements_that_stay_written_again": Bug(
+        "masks.cu",
+        "store_if((pruned >> s & 1) != 0, words + i + s * kThreads, Word{0});",
+        "if (i + s * kThreads < end)\n"
+        "        store(words + i + s * kThreads, pruned >> s & 1 ? Word{0} : words[i + s * kThreads]);",
+        check_traffic_in_place,
+        "'bytes_written'",
+    ),
+    "task_to_zero_read_before_a_barrier": Bug(
+        "masks.cu",
+        "  __syncthreads();\n  // A step beyond",
+        "  // A step beyond",
+        check_zeroing,
     ),
     "vectors_of_columns_misaligned": Bug(
         "launches.cpp",
@@ -295,10 +357,20 @@ BUGS = {
     ),
     "vectors_of_the_write_step_misaligned": Bug(
         "launches.cpp",
-        "task.aligned = is_aligned(item.mask) && is_aligned(item.original)",
-        "task.aligned = true || is_aligned(item.original)",
+        "task.vectors = is_aligned(item.mask) && is_aligned(item.original)",
+        "task.vectors = true || is_aligned(item.original)",
         check_writing,
         f"{MISALIGNED} load",
+    ),
+    "vectors_of_the_zero_step_misaligned": Bug(
+        "launches.cpp",
+        "task.vectors = is_aligned(item.elements) && (inner",
+        "task.vectors = true && (inner",
+        check_zeroing,
+        f"{MISALIGNED} store",
+    ),
+    "tasks_of_the_first_batch_for_all": Bug(
+        "launches.cpp", "    table += batch.tasks.size() * sizeof(Task);\n", "", check_zeroing
     ),
     "vectors_loaded_twice": Bug(
         "norms.cu",
@@ -333,20 +405,20 @@ def check_failing_sizes(native: Any) -> None:
 FAILURES = {
     "threads_that_leave_before_a_barrier": Bug(
         "masks.cu",
-        "  __syncthreads();\n  if (task->elements",
+        f"  __syncthreads();\n{START_OF_WRITING}",
         "  __syncthreads();\n"
         "  if (task->elements == 777 && threadIdx.x < 16) __syncthreads();  // marked\n"
-        "  if (task->elements",
+        f"{START_OF_WRITING}",
         check_failing_sizes,
         r"emulated launch: divergence: thread 0 of block 0 waits at a barrier \(line {line}\), "
         r"thread 16 of block 0 has finished \(line \d+\)",
     ),
     "threads_at_two_barriers": Bug(
         "masks.cu",
-        "  __syncthreads();\n  if (task->elements",
+        f"  __syncthreads();\n{START_OF_WRITING}",
         "  if (task->elements == 777 && threadIdx.x % 2 == 0) __syncthreads();  // marked\n"
         "  __syncthreads();\n"
-        "  if (task->elements",
+        f"{START_OF_WRITING}",
         check_failing_sizes,
         r"emulated launch: divergence: thread 0 of block 0 waits at a barrier \(line {line}\), "
         r"thread 1 of block 0 waits at a barrier \(line {next_line}\)",
@@ -445,7 +517,7 @@ def judge(sender: Any, patched: pathlib.Path, checks: list[Callable[[Any], None]
 
 def in_every_order(module: Any) -> Any:
     """The module, and the ops as they run in every scheduling order."""
-    ops = {op: emulated_cuda.in_every_order(module, getattr(OPS, op)) for op in emulated_cuda.OPS}
+    ops = {op: emulated_cuda.in_every_order(module, getattr(OPS, op).default) for op in emulated_cuda.OPS}
     return types.SimpleNamespace(module=module, **ops)
 
 
@@ -606,6 +678,60 @@ def test_little_is_moved_beyond_the_least(name, dtype, module):
     assert most == MOST_SECTORS or worst > MOST_SECTORS, f"no exception any more: {reason}"
 
 
+# Sectors that pruning in place writes, as a multiple of those with zeros. Where the tensor does not begin
+# where sectors do, the accesses of neighbouring warps share them.
+MOST_SECTORS_IN_PLACE = 1.5
+MOST_SECTORS_IN_PLACE_UNALIGNED = 2.05
+
+
+def sectors_with_zeros(values: Tensor) -> int:
+    """Of a dense tensor, in bytes."""
+    in_memory = values.as_strided((values.numel(),), (1,))
+    zero = (cases.bits(in_memory) == 0).repeat_interleave(values.element_size())
+    before = values.data_ptr() % 32
+    zero = torch.nn.functional.pad(zero, (before, -(before + len(zero)) % 32))
+    return 32 * int(zero.view(-1, 32).any(dim=1).sum())
+
+
+def assert_only_zeros_are_written(module: Any, layout: Layout, dtype: torch.dtype) -> None:
+    """Checks what zeroing half of the channels moves, and pruning in place."""
+    values = layout.arrange(cases.random_values(layout.shape, dtype))
+    channels = layout.shape[layout.dim]
+    dims = [layout.dim]
+    keep = torch.rand(channels) < 0.5
+    keep[0], keep[-1] = True, False
+    weight = values.numel() * values.element_size()
+    runs = values.numel() // values.stride(layout.dim)
+    aligned = values.data_ptr() % 32 == 0
+    most_sectors = MOST_SECTORS_IN_PLACE if aligned else MOST_SECTORS_IN_PLACE_UNALIGNED
+
+    found = traffic(module, lambda: OPS.zero_channels_([values], [keep], dims))
+    case = ("zero", found, weight, channels)
+    assert found["bytes_read"] == 0, case
+    assert found["bytes_written"] == int((~keep).sum()) * (weight // channels), case
+    assert found["sectors_written"] <= most_sectors * sectors_with_zeros(values), case
+    # Flags, one per run or less; the rest are tables.
+    assert found["cached_sectors"] <= runs + 0.1 * weight, case
+
+    values = layout.arrange(cases.random_values(layout.shape, dtype))
+    found = traffic(module, lambda: OPS.prune_channels_([values], [values], dims, 2.0, [-1], [0.5]))
+    zeros = int((cases.bits(values) == 0).sum()) * values.element_size()
+    case = ("prune", found, weight, zeros)
+    assert zeros == round(0.5 * channels) * (weight // channels), case
+    partials = found["bytes_read"] - weight
+    assert 0 <= partials <= (MOST_BYTES - 1) * weight, case
+    # Norms take eight bytes per channel, keep flags one.
+    assert found["bytes_written"] == zeros + 9 * channels + partials, case
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str
+)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pruning_in_place_reads_flags_and_writes_zeros(name, dtype, module):
+    assert_only_zeros_are_written(module, LAYOUTS[name], dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, *cases.NATIVE_DTYPES[5:]], ids=str)
 @pytest.mark.parametrize("name", ["linear_dim_1", "convolution_3x3_dim_0"])
 def test_little_is_moved_whatever_the_dtype(name, dtype, module):
@@ -631,3 +757,14 @@ def test_at_most_three_launches_whatever_the_length_of_a_list(length, dtype, mod
     assert launches(lambda: OPS.channel_norms(weights, dims, 2.0)) == 1
     assert launches(lambda: OPS.prune_channels(weights, [], weights, dims, 2.0, *amounts)) <= 3
     assert launches(lambda: OPS.prune_channels(weights, masks, weights, dims, 2.0, *amounts)) <= 3
+    assert launches(lambda: OPS.prune_channels_(weights, weights, dims, 2.0, *amounts)) == 3
+
+
+def test_one_launch_zeroes_all_tensors_whose_elements_are_of_a_size(module):
+    tensors = [cases.random_values((6, 50), dtype) for _ in range(3) for dtype in cases.NATIVE_DTYPES]
+    keeps = [cases.random_keep(6) for _ in tensors]
+    dims = [0] * len(tensors)
+    for count, expected in ((1, 1), (2, 2), (4, 3), (len(tensors), 4)):
+        arguments = tensors[:count], keeps[:count], dims[:count]
+        found = traffic(module, lambda arguments=arguments: OPS.zero_channels_(*arguments))
+        assert found["launches"] == expected, count

@@ -1,4 +1,4 @@
-"""Tensors of more than 2**31 elements: norms, masks and weights beyond the reach of 32-bit indices."""
+"""Tensors of more than 2**31 elements: norms, masks, weights, zeros beyond the reach of 32-bit indices."""
 
 import cases
 import pytest
@@ -58,6 +58,23 @@ def test_masks_and_weights(dim, matrix, device):
         cases.assert_same_bits(weight.select(dim, channel).contiguous(), product, channel)
     ones = sum(int(part.count_nonzero()) for part in mask.view(torch.uint8).split(1024))
     assert ones == (channels - len(pruned)) * (matrix.numel() // channels)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_zeros_in_place(dim, matrix, device):
+    channels = matrix.shape[dim]
+    keep = torch.ones(channels, dtype=torch.bool, device=device)
+    pruned = some(channels)[1::2]
+    keep[pruned] = False
+    weight = matrix.clone()
+    ops.zero_channels_([weight], [keep], [dim])
+    for channel in pruned:
+        assert not weight.select(dim, channel).view(torch.uint8).any(), channel
+    changed = 0
+    for start in range(0, ROWS, 1024):
+        before, after = (t[start : start + 1024].view(torch.uint8) for t in (matrix, weight))
+        changed += int((before != after).sum())
+    assert changed == len(pruned) * (matrix.numel() // channels)
 
 
 def test_pruning_chooses_and_writes_beyond_32_bits(matrix, device):

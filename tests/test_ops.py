@@ -12,7 +12,10 @@ from lnprune import ops
 
 pytestmark = pytest.mark.parametrize("device", cases.DEVICES)
 
-NAMES = ["channel_norms", "select_channels", "write_masks", "prune_channels"]
+NAMES = [
+    *("channel_norms", "select_channels", "write_masks", "prune_channels"),
+    *("zero_channels_", "prune_channels_"),
+]
 
 
 def sample(layout, dtype, device):
@@ -42,10 +45,16 @@ def calls(layout, dtype, device):
     yield "prune_channels", ([scores], [], [original], [1], 2.0, [2], [0.0])
     yield "prune_channels", (pair, pair_masks, pair_repeated, dims, 1.0, [-1, 1], [0.5, 0.0])
     yield "prune_channels", (pair, [], [], dims, 3.0, [1, 1], [0.0, 0.0])
+    yield "zero_channels_", ([repeated, matrix], keeps, dims)
+    yield "zero_channels_", ([original], keeps[:1], [1])
+    yield "prune_channels_", ([matrix], [matrix], [0], 2.0, [2], [0.0])
+    yield "prune_channels_", (pair, pair_repeated, dims, 1.0, [-1, 1], [0.5, 0.0])
 
 
 def flat(result):
     """All tensors of a result, in order."""
+    if result is None:
+        return []
     return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
 
 
@@ -72,7 +81,8 @@ def test_fake_kernels_answer_what_the_real_ones_do(layout, dtype, device):
         with FakeTensorMode() as mode:
             fake_arguments = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
             fake = flat(getattr(ops, name)(*fake_arguments))
-        assert len(fake) == len(real) > 0
+        assert len(fake) == len(real)
+        assert (len(real) == 0) == name.endswith("_")
         for imagined, actual in zip(fake, real, strict=True):
             assert imagined.shape == actual.shape, name
             assert imagined.dtype == actual.dtype, name
@@ -184,6 +194,35 @@ ERRORS = {
         ([ONES], [], [ONES.half()], [0], 2.0, [1], [0.0]),
         "shape, strides and dtype",
     ),
+    "keep_zeroing": ("zero_channels_", ([ONES], [], [0]), "each of 1 tensors, got 0"),
+    "keep_dtype_zeroing": (
+        "zero_channels_",
+        ([ONES], [KEEP.byte()], [0]),
+        "3 contiguous bool.*got 3 of Byte",
+    ),
+    "keep_length_zeroing": ("zero_channels_", ([ONES], [KEEP], [1]), "4 contiguous bool.*got 3 of Bool"),
+    "dims_zeroing": ("zero_channels_", ([ONES], [KEEP], [0, 0]), "one dim per tensor, got 2 for 1"),
+    "integer_zeroing": (
+        "zero_channels_",
+        ([ONES.int()], [KEEP], [0]),
+        "real floating-point dtype, got Int",
+    ),
+    "gaps_zeroing": ("zero_channels_", ([ONES[:, :3]], [KEEP], [0]), "without gaps or overlaps"),
+    "overlaps_zeroing": ("zero_channels_", ([ONES[:, :1].expand(3, 4)], [KEEP], [0]), "gaps or overlaps"),
+    "counts_in_place": ("prune_channels_", ([ONES], [ONES], [0], 2.0, [], [0.0]), "got 0 and 1 for 1"),
+    "nan_order_in_place": (
+        "prune_channels_",
+        ([ONES], [ONES], [0], math.nan, [1], [0.0]),
+        "order, got NaN",
+    ),
+    "fewer_weights": ("prune_channels_", ([ONES] * 2, [ONES], [0, 0], 2.0, [1] * 2, [0.0] * 2), "2 for 1"),
+    "more_weights": ("prune_channels_", ([ONES], [ONES, ONES], [0], 2.0, [1], [0.0]), "got 1 for 2"),
+    "weight_shape": (
+        "prune_channels_",
+        ([ONES], [ONES[:, :3].contiguous()], [0], 2.0, [1], [0.0]),
+        "a weight of the shape of its scores",
+    ),
+    "weight_gaps": ("prune_channels_", ([ONES], [ONES.repeat(1, 2)[:, ::2]], [0], 2.0, [1], [0.0]), "gaps"),
 }
 
 
@@ -233,3 +272,5 @@ def test_empty_lists_give_empty_lists(device):
     assert ops.select_channels([], [], [], []) == []
     assert ops.write_masks([], [], [], [], []) == ([], [])
     assert ops.prune_channels([], [], [], [], 2.0, [], []) == ([], [])
+    assert ops.zero_channels_([], [], []) is None
+    assert ops.prune_channels_([], [], [], 2.0, [], []) is None

@@ -10,49 +10,6 @@ from lnprune import ops
 
 pytestmark = pytest.mark.parametrize("device", cases.DEVICES)
 
-# Shapes and dims that take every path: columns with and without an inner block, more columns than a
-# call takes, more rows than a task takes, runs, runs cut in the middle by a task.
-PATHS = {
-    "columns": ((37, 29), 1),
-    "columns_of_blocks": ((5, 12, 3, 3), 1),
-    "columns_of_two_strips": ((7, 8200), 1),
-    "blocks_of_two_strips": ((3, 950, 3, 3), 1),
-    "rows_of_several_tasks": ((6000, 100), 1),
-    "short_runs": ((9, 63), 0),
-    "runs": ((9, 64), 0),
-    "rows_of_runs": ((4, 5, 77), 1),
-    "runs_beyond_a_block": ((3, 1030), 0),
-    "runs_cut_by_tasks": ((300, 1999), 0),
-    "rows_of_runs_cut_by_tasks": ((3, 40, 2503), 1),
-    "dims_of_size_one": ((1, 6, 1, 4, 1), 1),
-    "one_channel": ((1, 700), 0),
-    "one_channel_outermost": ((700, 1), 1),
-    "many_channels": ((60_000, 2), 0),
-}
-
-
-def special_values(shape, dtype, device):
-    """Random values with infinities, NaN, both zeros, denormals and extremes among them."""
-    tensor = cases.random_values(shape, torch.float64).flatten()
-    largest = torch.finfo(dtype).max
-    smallest = torch.finfo(dtype).smallest_normal
-    specials = [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, largest, -largest, smallest]
-    specials += [smallest / 2, -smallest / 4, 1.0, -1.0]
-    places = torch.randperm(tensor.numel())[: max(1, tensor.numel() // 3)]
-    tensor[places] = torch.tensor(specials, dtype=torch.float64)[torch.randint(len(specials), places.shape)]
-    if dtype not in cases.DTYPES_WITH_INFINITY:
-        tensor[tensor.isinf()] = largest
-    return tensor.view(shape).to(dtype).to(device)
-
-
-def random_keep(channels, device):
-    """Flags of both values wherever there are two channels."""
-    keep = torch.rand(channels) < 0.5
-    keep[torch.randint(channels, (1,))] = True
-    if channels > 1:
-        keep[(int(keep.nonzero()[0]) + 1) % channels] = False
-    return keep.to(device)
-
 
 def old_mask(kind, scores, dtype):
     """A mask so far: of zeros and ones, by element or by channel, or of any values."""
@@ -66,7 +23,7 @@ def old_mask(kind, scores, dtype):
     if kind == "negative":
         choices = torch.tensor([-1.0, -0.0, 0.0, 1.0], dtype=torch.float64)
         return choices[torch.randint(4, shape)].to(dtype).to(scores.device)
-    return special_values(shape, dtype, scores.device)
+    return cases.special_values(shape, dtype, scores.device)
 
 
 MASK_KINDS = ["ones", "zeros_and_ones", "soft", "negative", "special"]
@@ -92,11 +49,11 @@ def assert_written(keep, scores, mask, original, dim, case=""):
 
 
 @pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", cases.WRITE_PATHS)
 def test_first_masks_and_weights(path, dtype, device):
-    shape, dim = PATHS[path]
-    scores = special_values(shape, dtype, device)
-    keep = random_keep(shape[dim], device)
+    shape, dim = cases.WRITE_PATHS[path]
+    scores = cases.special_values(shape, dtype, device)
+    keep = cases.random_keep(shape[dim], device)
     mask, weight = assert_written(keep, scores, None, scores, dim)
     assert_written(keep, scores, None, None, dim)
     assert_written(keep, scores, None, scores, dim - len(shape))
@@ -109,21 +66,21 @@ def test_first_masks_and_weights(path, dtype, device):
     "path", ["columns", "columns_of_blocks", "runs", "rows_of_runs", "runs_beyond_a_block"]
 )
 def test_repeated_masks_and_weights(path, kind, dtype, device):
-    shape, dim = PATHS[path]
-    scores = special_values(shape, dtype, device)
+    shape, dim = cases.WRITE_PATHS[path]
+    scores = cases.special_values(shape, dtype, device)
     mask = old_mask(kind, scores, dtype)
-    keep = random_keep(shape[dim], device)
+    keep = cases.random_keep(shape[dim], device)
     assert_written(keep, scores, mask, scores, dim)
     assert_written(keep, scores, mask, None, dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", cases.WRITE_PATHS)
 def test_repeated_masks_on_every_path(path, dtype, device):
-    shape, dim = PATHS[path]
-    scores = special_values(shape, dtype, device)
+    shape, dim = cases.WRITE_PATHS[path]
+    scores = cases.special_values(shape, dtype, device)
     mask = old_mask("zeros_and_ones", scores, dtype)
-    assert_written(random_keep(shape[dim], device), scores, mask, scores, dim)
+    assert_written(cases.random_keep(shape[dim], device), scores, mask, scores, dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -132,7 +89,7 @@ def test_one_soft_element_among_zeros_and_ones(length, dtype, device):
     # A block of zeros and ones may go a faster way, which one other value anywhere must prevent.
     for position in {0, 1, length // 2, length - 1}:
         for value in (0.5, -1.0, -0.0, math.nan, math.inf, 2.0):
-            scores = special_values((3, length), dtype, device)
+            scores = cases.special_values((3, length), dtype, device)
             mask = torch.ones_like(scores)
             mask[1, position] = value
             keep = torch.tensor([False, True, True], device=device)
@@ -173,32 +130,32 @@ def test_every_product_of_eight_bits(dtype, device):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("shape", [(6, 5, 3, 3), (30, 70), (1, 6, 1, 4, 1)])
 def test_every_layout(shape, layout, dtype, device):
-    scores = cases.LAYOUTS[layout](special_values(shape, dtype, device))
+    scores = cases.LAYOUTS[layout](cases.special_values(shape, dtype, device))
     # The original has the layout of the mask: that of the scores, or where they have gaps a dense one.
-    original = torch.empty_like(scores).copy_(special_values(shape, dtype, device))
+    original = torch.empty_like(scores).copy_(cases.special_values(shape, dtype, device))
     mask = cases.LAYOUTS[layout](old_mask("soft", scores, dtype))
     for dim in range(len(shape)):
-        keep = random_keep(shape[dim], device)
+        keep = cases.random_keep(shape[dim], device)
         assert_written(keep, scores, None, original, dim, dim)
         assert_written(keep, scores, mask, original.contiguous(), dim, dim)
 
 
 @pytest.mark.parametrize("layout", cases.DENSE_LAYOUTS)
 def test_an_original_of_the_very_layout_of_dense_scores(layout, device):
-    scores = cases.LAYOUTS[layout](special_values((6, 5, 3, 3), torch.float32, device))
+    scores = cases.LAYOUTS[layout](cases.special_values((6, 5, 3, 3), torch.float32, device))
     for dim in range(4):
-        assert_written(random_keep(scores.shape[dim], device), scores, None, scores, dim, dim)
+        assert_written(cases.random_keep(scores.shape[dim], device), scores, None, scores, dim, dim)
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_threads_and_lists_change_nothing(count, with_masks, device):
     tensors, masks, keeps, dims = [], [], [], []
-    for number, (shape, dim) in enumerate(PATHS.values()):
+    for number, (shape, dim) in enumerate(cases.WRITE_PATHS.values()):
         dtype = cases.NATIVE_DTYPES[number % len(cases.NATIVE_DTYPES)]
-        tensors.append(special_values(shape, dtype, device))
+        tensors.append(cases.special_values(shape, dtype, device))
         masks.append(old_mask("soft", tensors[-1], dtype))
-        keeps.append(random_keep(shape[dim], device))
+        keeps.append(cases.random_keep(shape[dim], device))
         dims.append(dim)
     if not with_masks:
         masks = []
@@ -231,8 +188,8 @@ def assert_pruned(tensors, masks, originals, dims, p, counts, shares):
 @pytest.mark.parametrize("p", [0.0, 1.0, 2.0, 3.0, 1.7, math.inf, -math.inf])
 def test_pruning_is_its_three_steps(p, dtype, device):
     paths = ["columns", "columns_of_blocks", "runs", "rows_of_runs", "dims_of_size_one", "one_channel"]
-    tensors = [cases.random_values(PATHS[path][0], dtype, device) for path in paths]
-    dims = [PATHS[path][1] for path in paths]
+    tensors = [cases.random_values(cases.WRITE_PATHS[path][0], dtype, device) for path in paths]
+    dims = [cases.WRITE_PATHS[path][1] for path in paths]
     counts = [5, -1, 3, -1, 0, 1]
     shares = [0.0, 0.5, 0.0, 0.3, 0.0, 0.0]
     keeps = assert_pruned(tensors, [], tensors, dims, p, counts, shares)

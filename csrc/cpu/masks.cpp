@@ -1,6 +1,7 @@
-// The write step on the CPU: each mask and masked weight in one pass, in parts shared among
-// threads.
+// The write step on the CPU: each mask and masked weight in one pass, or zeros in place, in parts
+// shared among threads.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "instruction_sets.h"
@@ -8,16 +9,21 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace lnprune::cpu {
 namespace {
 
-constexpr int64_t kBytes[kElementTypes] = {8, 4, 2, 2, 1, 1, 1, 1};
-// Elements of a task: large enough to amortise its start, small enough to share evenly.
+// Elements of a task: large enough to amortise its start, small enough to share evenly. Zeroing
+// columns takes more rows at once, since it works out the pattern of a row first.
 constexpr int64_t kTaskElements = 32768;
+constexpr int64_t kZeroTaskElements = 131072;
 
 // A task is a range of rows and of columns. Where channels are runs, the tensor counts as one row.
 struct Cutting {
+  bool runs;
   int64_t rows;
   int64_t columns;
   int64_t rows_per_task;
@@ -27,34 +33,85 @@ struct Cutting {
   int64_t first_task;
 };
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Cutting cut(const Slices& slices) {
+Cutting cut(const Slices& slices, int64_t elements_per_task) {
   Cutting cutting{};
-  if (slices.inner < kShortestRun) {
+  cutting.runs = slices.inner >= kShortestRun;
+  if (cutting.runs) {
+    cutting.rows = 1;
+    cutting.columns = slices.elements();
+    cutting.columns_per_task = elements_per_task;
+    cutting.rows_per_task = 1;
+  } else {
     cutting.rows = slices.outer;
     cutting.columns = slices.row();
     cutting.columns_per_task = kColumns / slices.inner * slices.inner;
-    cutting.rows_per_task =
-        std::max<int64_t>(1, kTaskElements / std::min(cutting.columns, cutting.columns_per_task));
-  } else {
-    cutting.rows = 1;
-    cutting.columns = slices.elements();
-    cutting.columns_per_task = kTaskElements;
-    cutting.rows_per_task = 1;
+    cutting.rows_per_task = std::max<int64_t>(
+        1, elements_per_task / std::min(cutting.columns, cutting.columns_per_task));
   }
   cutting.strips = divide_up(cutting.columns, cutting.columns_per_task);
   cutting.tasks = cutting.strips * divide_up(cutting.rows, cutting.rows_per_task);
   return cutting;
 }
 
-struct Job {
-  const WriteItem* items;
-  const Cutting* cuttings;
+// Rows of consecutive whole channels that lie as columns; `element` is the first.
+struct ColumnPart {
+  int64_t element;
+  int64_t rows;
+  int64_t row_stride;
+  int64_t columns;
+  const bool* keep;
 };
 
+// Shares the tasks of all items among threads: on_columns(item, ColumnPart) where channels are
+// columns, on_run(item, element, length, kept) for each piece of a run.
+template <class Item, class OnColumns, class OnRun>
+void visit(const Item* items, size_t count, int64_t elements_per_task, ParallelFor parallel_for,
+           OnColumns on_columns, OnRun on_run) {
+  std::vector<Cutting> cuttings(count);
+  int64_t tasks = 0;
+  int64_t elements = 0;
+  for (size_t i = 0; i < count; ++i) {
+    cuttings[i] = cut(items[i].slices, elements_per_task);
+    cuttings[i].first_task = tasks;
+    tasks += cuttings[i].tasks;
+    elements += items[i].slices.elements();
+  }
+  const auto run_tasks = [&](int64_t begin, int64_t end) {
+    size_t i = 0;
+    for (int64_t task = begin; task < end; ++task) {
+      while (task >= cuttings[i].first_task + cuttings[i].tasks) ++i;
+      const Item& item = items[i];
+      const Cutting& cutting = cuttings[i];
+      const int64_t inner = item.slices.inner;
+      const int64_t local = task - cutting.first_task;
+      const int64_t row = local / cutting.strips * cutting.rows_per_task;
+      const int64_t column = local % cutting.strips * cutting.columns_per_task;
+      const int64_t columns = std::min(cutting.columns_per_task, cutting.columns - column);
+      if (!cutting.runs) {
+        on_columns(item, ColumnPart{row * cutting.columns + column,
+                                    std::min(cutting.rows_per_task, cutting.rows - row),
+                                    cutting.columns, columns, item.keep + column / inner});
+        continue;
+      }
+      for (int64_t element = column; element < column + columns;) {
+        const int64_t run = element / inner;
+        const int64_t length = std::min((run + 1) * inner, column + columns) - element;
+        on_run(item, element, length, item.keep[run % item.slices.channels]);
+        element += length;
+      }
+    }
+  };
+  using RunTasks = decltype(run_tasks);
+  const auto body = [](void* context, int64_t begin, int64_t end) {
+    (*static_cast<RunTasks*>(context))(begin, end);
+  };
+  // So that no thread starts for less than some ten microseconds of work.
+  const int64_t grain = std::max<int64_t>(1, 32768 * tasks / std::max<int64_t>(1, elements));
+  parallel_for(tasks, grain, body, const_cast<void*>(static_cast<const void*>(&run_tasks)));
+}
+
 WritePart part_at(const WriteItem& item, int64_t element) {
-  const int64_t offset = element * kBytes[static_cast<int>(item.type)];
+  const int64_t offset = element * element_bytes(item.type);
   const auto at = [offset](const void* base) -> const void* {
     return base == nullptr ? nullptr : static_cast<const char*>(base) + offset;
   };
@@ -64,32 +121,61 @@ WritePart part_at(const WriteItem& item, int64_t element) {
   return {at(item.mask), at(item.original), into(item.new_mask), into(item.weight)};
 }
 
-void write_tasks(void* context, int64_t begin, int64_t end) {
-  const Job& job = *static_cast<const Job*>(context);
-  size_t i = 0;
-  for (int64_t task = begin; task < end; ++task) {
-    while (task >= job.cuttings[i].first_task + job.cuttings[i].tasks) ++i;
-    const WriteItem& item = job.items[i];
-    const Cutting& cutting = job.cuttings[i];
-    const int64_t inner = item.slices.inner;
-    const int64_t local = task - cutting.first_task;
-    const int64_t row = local / cutting.strips * cutting.rows_per_task;
-    const int64_t column = local % cutting.strips * cutting.columns_per_task;
-    const int64_t columns = std::min(cutting.columns_per_task, cutting.columns - column);
-    const int type = static_cast<int>(item.type);
-    if (inner < kShortestRun) {
-      instructions().write_columns[type](part_at(item, row * cutting.columns + column),
-                                         std::min(cutting.rows_per_task, cutting.rows - row),
-                                         cutting.columns, columns, inner,
-                                         item.keep + column / inner);
-      continue;
+// Weights beyond the caches are zeroed past them: a line that is overwritten whole need not be
+// read.
+constexpr int64_t kUncachedBytes = int64_t{16} << 20;
+
+void zero_run(char* bytes, int64_t count, bool uncached) {
+#if defined(__SSE2__)
+  if (uncached) {
+    constexpr int64_t kVector = sizeof(__m128i);
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(bytes) % kVector;
+    const int64_t head = std::min(count, misaligned == 0 ? 0 : kVector - misaligned);
+    const int64_t vectors = (count - head) / kVector;
+    std::memset(bytes, 0, head);
+    __m128i* aligned = reinterpret_cast<__m128i*>(bytes + head);
+    for (int64_t i = 0; i < vectors; ++i) _mm_stream_si128(aligned + i, _mm_setzero_si128());
+    const int64_t written = head + vectors * kVector;
+    std::memset(bytes + written, 0, count - written);
+    // So that other threads see these stores no later than what follows them.
+    _mm_sfence();
+    return;
+  }
+#endif
+  (void)uncached;
+  std::memset(bytes, 0, count);
+}
+
+// Zeros the pruned columns of a part, on words of the elements' size. A cache line that holds none
+// of them is not touched.
+template <class Word>
+void zero_columns(Word* words, const ColumnPart& part, int64_t inner) {
+  constexpr int64_t kLine = 64 / sizeof(Word);
+  alignas(64) Word kept[kColumns];
+  struct Span {
+    int64_t begin;
+    int64_t end;
+  };
+  std::vector<Span> spans;
+  for (int64_t c = 0, j = 0; j < part.columns; ++c) {
+    const Word bits = part.keep[c] ? static_cast<Word>(~Word{0}) : Word{0};
+    for (int64_t i = 0; i < inner; ++i, ++j) kept[j] = bits;
+  }
+  for (int64_t begin = 0; begin < part.columns; begin += kLine) {
+    const int64_t end = std::min(begin + kLine, part.columns);
+    Word all = static_cast<Word>(~Word{0});
+    for (int64_t j = begin; j < end; ++j) all &= kept[j];
+    if (all == static_cast<Word>(~Word{0})) continue;
+    if (!spans.empty() && spans.back().end == begin) {
+      spans.back().end = end;
+    } else {
+      spans.push_back({begin, end});
     }
-    for (int64_t position = column; position < column + columns;) {
-      const int64_t run = position / inner;
-      const int64_t length = std::min((run + 1) * inner, column + columns) - position;
-      instructions().write_run[type](part_at(item, position), length,
-                                     item.keep[run % item.slices.channels]);
-      position += length;
+  }
+  for (int64_t r = 0; r < part.rows; ++r) {
+    Word* row = words + r * part.row_stride;
+    for (const Span& span : spans) {
+      for (int64_t j = span.begin; j < span.end; ++j) row[j] &= kept[j];
     }
   }
 }
@@ -97,19 +183,41 @@ void write_tasks(void* context, int64_t begin, int64_t end) {
 }  // namespace
 
 void write(const WriteItem* items, size_t count, ParallelFor parallel_for) {
-  std::vector<Cutting> cuttings(count);
-  int64_t tasks = 0;
-  int64_t elements = 0;
-  for (size_t i = 0; i < count; ++i) {
-    cuttings[i] = cut(items[i].slices);
-    cuttings[i].first_task = tasks;
-    tasks += cuttings[i].tasks;
-    elements += items[i].slices.elements();
-  }
-  Job job{items, cuttings.data()};
-  // So that no thread starts for less than some ten microseconds of work.
-  const int64_t grain = std::max<int64_t>(1, 32768 * tasks / std::max<int64_t>(1, elements));
-  parallel_for(tasks, grain, write_tasks, &job);
+  visit(
+      items, count, kTaskElements, parallel_for,
+      [](const WriteItem& item, const ColumnPart& part) {
+        instructions().write_columns[static_cast<int>(item.type)](
+            part_at(item, part.element), part.rows, part.row_stride, part.columns,
+            item.slices.inner, part.keep);
+      },
+      [](const WriteItem& item, int64_t element, int64_t length, bool kept) {
+        instructions().write_run[static_cast<int>(item.type)](part_at(item, element), length, kept);
+      });
+}
+
+void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for) {
+  visit(
+      items, count, kZeroTaskElements, parallel_for,
+      [](const ZeroItem& item, const ColumnPart& part) {
+        const int64_t inner = item.slices.inner;
+        switch (element_bytes(item.type)) {
+          case 8:
+            return zero_columns(static_cast<uint64_t*>(item.elements) + part.element, part, inner);
+          case 4:
+            return zero_columns(static_cast<uint32_t*>(item.elements) + part.element, part, inner);
+          case 2:
+            return zero_columns(static_cast<uint16_t*>(item.elements) + part.element, part, inner);
+          default:
+            return zero_columns(static_cast<uint8_t*>(item.elements) + part.element, part, inner);
+        }
+      },
+      [](const ZeroItem& item, int64_t element, int64_t length, bool kept) {
+        const int64_t bytes = element_bytes(item.type);
+        if (!kept) {
+          zero_run(static_cast<char*>(item.elements) + element * bytes, length * bytes,
+                   item.slices.elements() * bytes >= kUncachedBytes);
+        }
+      });
 }
 
 void advise_huge_pages(void* block, size_t bytes) {

@@ -36,8 +36,6 @@ struct Cutting {
   int64_t tasks() const { return chunks() * strips; }
 };
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Cutting cut(const Slices& slices) {
   Cutting cutting{};
   cutting.run_per_chunk = slices.inner;
@@ -78,7 +76,6 @@ size_t item_of_task(const Job& job, int64_t task) {
 }
 
 void reduce_tasks(void* context, int64_t begin, int64_t end) {
-  static constexpr int64_t kBytes[kElementTypes] = {8, 4, 2, 2, 1, 1, 1, 1};
   const Job& job = *static_cast<const Job*>(context);
   size_t i = item_of_task(job, begin);
   for (int64_t task = begin; task < end; ++task) {
@@ -93,7 +90,7 @@ void reduce_tasks(void* context, int64_t begin, int64_t end) {
     const int64_t channel = strip * cutting.channels_per_strip;
     const int type = static_cast<int>(item.type);
     const int64_t offset = row * item.slices.row() + channel * item.slices.inner + run;
-    const Chunk part{static_cast<const char*>(item.elements) + offset * kBytes[type],
+    const Chunk part{static_cast<const char*>(item.elements) + offset * element_bytes(item.type),
                      std::min(cutting.rows_per_chunk, item.slices.outer - row),
                      item.slices.row(),
                      std::min(cutting.channels_per_strip, item.slices.channels - channel),

@@ -52,6 +52,12 @@ __device__ __forceinline__ void store(T* address, T value) {
   *address = value;
 }
 
+// One instruction for all lanes of a warp, those that store nothing among them.
+template <class T>
+__device__ __forceinline__ void store_if(bool condition, T* address, T value) {
+  if (condition) *address = value;
+}
+
 // Small and read by many threads: flags, descriptions, results of earlier launches.
 template <class T>
 __device__ __forceinline__ T load_cached(const T* address) {

@@ -8,8 +8,6 @@
 namespace lnprune::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kBytes[kElementTypes] = {8, 4, 2, 2, 1, 1, 1, 1};
 // Runs at least this long are reduced along themselves, shorter ones as columns.
 constexpr int64_t kShortestRun = 64;
 // Where channels are runs: a channel's share of a chunk, in elements.
@@ -30,8 +28,6 @@ constexpr int64_t kManyBlocks = 2048;
 constexpr int64_t kFewRows = 32;
 // A chunk's partials are written and read once, 8 bytes each: at most a 64th of its elements.
 constexpr int64_t kBytesPerPartial = 2 * 8 * 64;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t power_of_two_below(int64_t n) {
   int64_t power = 1;
@@ -119,7 +115,7 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
 
 RankTask make_task(const RankItem& item, bool counts) {
   RankTask task{};
-  const int64_t bytes = kBytes[static_cast<int>(item.type)];
+  const int64_t bytes = element_bytes(item.type);
   task.type = item.type;
   task.elements = item.elements;
   task.norms = item.norms;
@@ -134,17 +130,42 @@ RankTask make_task(const RankItem& item, bool counts) {
   return task;
 }
 
-WriteTask make_task(const WriteItem& item) {
-  WriteTask task{};
+template <class Item>
+TileTask<Item> make_tiles(const Item& item) {
+  TileTask<Item> task{};
   task.item = item;
   task.elements = item.slices.elements();
-  task.tiles = divide_up(task.elements, write_tile(item.type));
-  task.aligned = is_aligned(item.mask) && is_aligned(item.original) && is_aligned(item.new_mask) &&
+  task.tiles = divide_up(task.elements, tile_elements(item.type));
+  return task;
+}
+
+WriteTask make_task(const WriteItem& item) {
+  WriteTask task = make_tiles(item);
+  task.vectors = is_aligned(item.mask) && is_aligned(item.original) && is_aligned(item.new_mask) &&
                  is_aligned(item.weight);
   return task;
 }
 
-bool is_float8(ElementType type) { return kBytes[static_cast<int>(type)] == 1; }
+ZeroTask make_task(const ZeroItem& item) {
+  ZeroTask task = make_tiles(item);
+  // Where runs end within vectors there is a store for each element of these, and lanes store far
+  // from one another: worth it where few vectors are such.
+  const int64_t length = 16 / element_bytes(item.type);
+  const int64_t inner = item.slices.inner;
+  task.vectors = is_aligned(item.elements) && (inner % length == 0 || inner >= 2 * length * length);
+  return task;
+}
+
+bool is_float8(ElementType type) { return element_bytes(type) == 1; }
+
+// One dtype for all of its size: zero has the same bits in each.
+ElementType type_of_size(ElementType type) {
+  switch (element_bytes(type)) {
+    case 2: return ElementType::float16;
+    case 1: return ElementType::float8_e4m3fn;
+    default: return type;
+  }
+}
 
 float float8_value(ElementType type, int bits) {
   const uint8_t x = static_cast<uint8_t>(bits);
@@ -168,10 +189,31 @@ void add(std::vector<Batch<Task>>& batches, ElementType type, Task task, int64_t
 }
 
 template <class Task>
+size_t bytes_of(const std::vector<Batch<Task>>& batches) {
+  size_t tasks = 0;
+  for (const auto& batch : batches) tasks += batch.tasks.size();
+  return tasks * sizeof(Task);
+}
+
+template <class Task>
 size_t append(char* table, size_t at, const std::vector<Task>& tasks) {
   if (tasks.empty()) return at;
   std::memcpy(table + at, tasks.data(), tasks.size() * sizeof(Task));
   return at + tasks.size() * sizeof(Task);
+}
+
+// launch(type, tasks, count, blocks, stream) for each batch, whose tasks lie at `table`, which
+// moves beyond them.
+template <class Task, class Launch>
+cudaError_t run_batches(const std::vector<Batch<Task>>& batches, const char*& table,
+                        cudaStream_t stream, Launch launch) {
+  for (const auto& batch : batches) {
+    const cudaError_t error = launch(batch.type, reinterpret_cast<const Task*>(table),
+                                     static_cast<int>(batch.tasks.size()), batch.blocks, stream);
+    if (error != cudaSuccess) return error;
+    table += batch.tasks.size() * sizeof(Task);
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -190,21 +232,22 @@ Launches::Launches(const Steps& steps) : selections_(steps.selections), order_(s
     const WriteTask task = make_task(item);
     add(writes_, item.type, task, task.tiles);
   }
+  for (const ZeroItem& item : steps.zeros) {
+    const ZeroTask task = make_task(item);
+    add(zeros_, type_of_size(item.type), task, task.tiles);
+  }
   size_t tickets = 0;
   size_t partials = 0;
   for (const auto& batch : ranks_) {
-    table_bytes_ += batch.tasks.size() * sizeof(RankTask);
     for (const RankTask& task : batch.tasks) {
       if (task.chunks == 1) continue;
       tickets += task.strips;
       partials += task.chunks * task.channels;
     }
   }
-  table_bytes_ += selections_.size() * sizeof(SelectItem);
-  for (const auto& batch : writes_) table_bytes_ += batch.tasks.size() * sizeof(WriteTask);
-  table_bytes_ += float8_types_.size() * 256 * sizeof(float);
-  tickets_at_ = table_bytes_;
-  table_bytes_ += (tickets * sizeof(unsigned) + 7) / 8 * 8;
+  tickets_at_ = bytes_of(ranks_) + selections_.size() * sizeof(SelectItem) + bytes_of(writes_) +
+                bytes_of(zeros_) + float8_types_.size() * 256 * sizeof(float);
+  table_bytes_ = tickets_at_ + (tickets * sizeof(unsigned) + 7) / 8 * 8;
   bytes_ = table_bytes_ + partials * sizeof(uint64_t);
 }
 
@@ -231,6 +274,7 @@ void Launches::write_table(void* host, void* device) const {
   }
   at = append(table, at, selections_);
   for (const auto& batch : writes_) at = append(table, at, batch.tasks);
+  for (const auto& batch : zeros_) at = append(table, at, batch.tasks);
   for (ElementType type : float8_types_) {
     std::vector<float> values(256);
     for (int bits = 0; bits < 256; ++bits) values[bits] = float8_value(type, bits);
@@ -241,27 +285,17 @@ void Launches::write_table(void* host, void* device) const {
 
 cudaError_t Launches::run(void* device, cudaStream_t stream) const {
   const char* table = static_cast<const char*>(device);
-  for (const auto& batch : ranks_) {
-    const cudaError_t error =
-        launch_rank(batch.type, order_, reinterpret_cast<const RankTask*>(table),
-                    static_cast<int>(batch.tasks.size()), batch.blocks, stream);
-    if (error != cudaSuccess) return error;
-    table += batch.tasks.size() * sizeof(RankTask);
-  }
-  if (!selections_.empty()) {
-    const cudaError_t error =
-        launch_select(reinterpret_cast<const SelectItem*>(table), selections_.size(), stream);
-    if (error != cudaSuccess) return error;
+  cudaError_t error =
+      run_batches(ranks_, table, stream, [this](ElementType type, auto... arguments) {
+        return launch_rank(type, order_, arguments...);
+      });
+  if (error == cudaSuccess && !selections_.empty()) {
+    error = launch_select(reinterpret_cast<const SelectItem*>(table), selections_.size(), stream);
     table += selections_.size() * sizeof(SelectItem);
   }
-  for (const auto& batch : writes_) {
-    const cudaError_t error =
-        launch_write(batch.type, reinterpret_cast<const WriteTask*>(table),
-                     static_cast<int>(batch.tasks.size()), batch.blocks, stream);
-    if (error != cudaSuccess) return error;
-    table += batch.tasks.size() * sizeof(WriteTask);
-  }
-  return cudaSuccess;
+  if (error == cudaSuccess) error = run_batches(writes_, table, stream, launch_write);
+  if (error == cudaSuccess) error = run_batches(zeros_, table, stream, launch_zero);
+  return error;
 }
 
 }  // namespace lnprune::cuda

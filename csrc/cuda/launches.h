@@ -9,6 +9,9 @@
 
 namespace lnprune::cuda {
 
+// Threads of a block in every step but the select step.
+constexpr int kThreads = 256;
+
 // Bytes of a vector in the rank step. Eight elements of one byte are as many as the registers of a
 // thread have room to sum.
 constexpr int rank_vector_bytes(int element_bytes) { return element_bytes == 1 ? 8 : 16; }
@@ -45,15 +48,20 @@ struct RankTask {
   bool counts;   // how many elements are not zero, whatever the order
 };
 
-struct WriteTask {
-  WriteItem item;
+// One tensor to write or to zero, cut into tiles. A block takes one of them.
+template <class Item>
+struct TileTask {
+  Item item;
   int64_t elements;
   int64_t tiles;
   int64_t first_block;
-  bool aligned;
+  bool vectors;  // threads take whole vectors, not single elements side by side
 };
+using WriteTask = TileTask<WriteItem>;
+using ZeroTask = TileTask<ZeroItem>;
 
-// One launch: tasks of one dtype, or, in the rank step, of any dtypes of eight bits.
+// One launch: tasks of one dtype; in the rank step, of any dtypes of eight bits, and in the zero
+// step, of any dtypes of one size.
 template <class Task>
 struct Batch {
   ElementType type;
@@ -79,6 +87,7 @@ class Launches {
   std::vector<Batch<RankTask>> ranks_;
   std::vector<SelectItem> selections_;
   std::vector<Batch<WriteTask>> writes_;
+  std::vector<Batch<ZeroTask>> zeros_;
   std::vector<ElementType> float8_types_;
   NormOrder order_;
   size_t tickets_at_ = 0;
@@ -104,11 +113,13 @@ cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks
 cudaError_t launch_select(const SelectItem* items, int64_t count, cudaStream_t stream);
 cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
                          cudaStream_t stream);
+cudaError_t launch_zero(ElementType type, const ZeroTask* tasks, int count, int64_t blocks,
+                        cudaStream_t stream);
 
 // Copies a table, a multiple of 8 bytes, to the device by launches that carry it as parameters.
 cudaError_t upload(const void* host, size_t bytes, void* device, cudaStream_t stream);
 
-// Elements of a tile of the write step: what one block writes.
-int64_t write_tile(ElementType type);
+// Elements of a tile of the write step or the zero step.
+int64_t tile_elements(ElementType type);
 
 }  // namespace lnprune::cuda

@@ -1,11 +1,11 @@
-// The write step on CUDA: masks and masked weights of all tensors in one flat pass of tiles.
+// The write step on CUDA: masks and masked weights of all tensors, or zeros in place, in one flat
+// pass of tiles.
 #include "../masked_product.h"
 #include "launches.h"
 
 namespace lnprune::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 4;
 
 template <class T>
@@ -21,23 +21,39 @@ struct Flags {
   Index channel;
   Index within;
 
-  __device__ __forceinline__ Flags(const WriteItem& item, Index position)
+  template <class Item>
+  __device__ __forceinline__ Flags(const Item& item, int64_t element)
       : keep(item.keep),
         channels(static_cast<Index>(item.slices.channels)),
         inner(static_cast<Index>(item.slices.inner)) {
+    const Index position = static_cast<Index>(element);
     const Index run = position / inner;
     within = position - run * inner;
     channel = run % channels;
   }
+  __device__ __forceinline__ bool kept() const { return load_cached(keep + channel); }
   __device__ __forceinline__ bool next() {
-    const bool kept = load_cached(keep + channel);
+    const bool here = kept();
     if (++within == inner) {
       within = 0;
       if (++channel == channels) channel = 0;
     }
-    return kept;
+    return here;
   }
 };
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// The elements of a block. Backwards: what the rank step read last is likely still in the cache.
+template <class T, class Item>
+__device__ __forceinline__ Range tile_of_block(const TileTask<Item>& task) {
+  constexpr int64_t kTile = kThreads * kVectorsPerThread * kLength<T>;
+  const int64_t begin = (task.tiles - 1 - (blockIdx.x - task.first_block)) * kTile;
+  return {begin, begin + kTile < task.elements ? begin + kTile : task.elements};
+}
 
 // One element: the new mask, and from it the weight.
 template <class T>
@@ -53,7 +69,7 @@ __device__ __forceinline__ void write_elements(const WriteItem& item, int64_t be
   const T* original = static_cast<const T*>(item.original);
 #pragma unroll 1
   for (int64_t i = begin; i < end; i += step) {
-    const bool kept = Flags<Index>(item, static_cast<Index>(i)).next();
+    const bool kept = Flags<Index>(item, i).kept();
     const T flag = masked<T>(mask != nullptr, kept, mask != nullptr ? load(mask + i) : T(0.0f));
     store(static_cast<T*>(item.new_mask) + i, flag);
     if (item.weight != nullptr) {
@@ -79,7 +95,7 @@ __device__ __forceinline__ void write_vectors(const WriteItem& item, int64_t beg
   for (int u = 0; u < kVectorsPerThread; ++u) {
     const int64_t i = begin + u * kThreads * L;
     if (i < end) {
-      Flags<Index> flags(item, static_cast<Index>(i));
+      Flags<Index> flags(item, i);
 #pragma unroll
       for (int s = 0; s < L; ++s) {
         masks[u].elements[s] = masked(mask != nullptr, flags.next(), masks[u].elements[s]);
@@ -99,14 +115,10 @@ __device__ __forceinline__ void write_vectors(const WriteItem& item, int64_t beg
 template <class T, class Index>
 __device__ __forceinline__ void write_tile_of(const WriteTask& task) {
   constexpr int L = kLength<T>;
-  constexpr int64_t kTile = kThreads * kVectorsPerThread * L;
-  // Backwards: what the rank step read last is likely still in the cache.
-  const int64_t tile = task.tiles - 1 - (blockIdx.x - task.first_block);
-  const int64_t begin = tile * kTile;
-  const int64_t end = begin + kTile < task.elements ? begin + kTile : task.elements;
+  const auto [begin, end] = tile_of_block<T>(task);
   const int thread = static_cast<int>(threadIdx.x);
   int64_t written = begin;
-  if (task.aligned) {
+  if (task.vectors) {
     written = begin + (end - begin) / L * L;
     write_vectors<T, Index>(task.item, begin + thread * L, written);
   }
@@ -130,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
 }
 
-using Kernel = void (*)(const WriteTask*, int);
-constexpr Kernel kKernels[kElementTypes] = {
+using WriteKernel = void (*)(const WriteTask*, int);
+constexpr WriteKernel kWriteKernels[kElementTypes] = {
     write_kernel<double>,
     write_kernel<float>,
     write_kernel<c10::Half>,
@@ -142,16 +154,137 @@ constexpr Kernel kKernels[kElementTypes] = {
     write_kernel<c10::Float8_e5m2fnuz>,
 };
 
+// Flags from positions `kStep` elements apart. Such a step is whole rows, which change nothing,
+// whole runs and the rest; no step needs a division.
+template <class Index, int kStep>
+struct Walk {
+  Flags<Index> flags;
+  Index runs;
+  Index rest;
+
+  __device__ __forceinline__ Walk(const ZeroItem& item, int64_t element)
+      : flags(item, element),
+        runs(static_cast<Index>(kStep) / flags.inner % flags.channels),
+        rest(static_cast<Index>(kStep) % flags.inner) {}
+  __device__ __forceinline__ void step() {
+    flags.within += rest;
+    flags.channel += runs;
+    if (flags.within >= flags.inner) {
+      flags.within -= flags.inner;
+      ++flags.channel;
+    }
+    if (flags.channel >= flags.channels) flags.channel -= flags.channels;
+  }
+};
+
+// Whether each of the elements from a position on is pruned, the first one in the lowest bit.
+template <int kCount, class Index>
+__device__ __forceinline__ unsigned pruned_from(Flags<Index> flags) {
+  if (flags.inner - flags.within >= kCount) return flags.kept() ? 0 : (1u << kCount) - 1;
+  unsigned pruned = 0;
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) pruned |= static_cast<unsigned>(!flags.next()) << s;
+  return pruned;
+}
+
+// Flags are asked for ahead of the stores: the compiler cannot know that these change none of them.
+template <class Word, class Index>
+__device__ __forceinline__ void zero_elements(const ZeroItem& item, int64_t begin, int64_t end) {
+  constexpr int L = kLength<Word>;
+  Word* words = static_cast<Word*>(item.elements);
+  Walk<Index, kThreads> walk(item, begin);
+#pragma unroll 1
+  for (int64_t i = begin; i < end; i += kThreads * L) {
+    unsigned pruned = 0;
+#pragma unroll
+    for (int s = 0; s < L; ++s) {
+      if (i + s * kThreads < end) pruned |= static_cast<unsigned>(!walk.flags.kept()) << s;
+      walk.step();
+    }
+#pragma unroll
+    for (int s = 0; s < L; ++s) {
+      store_if((pruned >> s & 1) != 0, words + i + s * kThreads, Word{0});
+    }
+  }
+}
+
+template <class Word, class Index>
+__device__ __forceinline__ void zero_vectors(const ZeroItem& item, int64_t begin, int64_t end) {
+  constexpr int L = kLength<Word>;
+  Word* words = static_cast<Word*>(item.elements);
+  Walk<Index, kThreads * L> walk(item, begin);
+  unsigned pruned[kVectorsPerThread];
+#pragma unroll
+  for (int u = 0; u < kVectorsPerThread; ++u) {
+    pruned[u] = begin + u * kThreads * L < end ? pruned_from<L>(walk.flags) : 0;
+    walk.step();
+  }
+#pragma unroll
+  for (int u = 0; u < kVectorsPerThread; ++u) {
+    const int64_t i = begin + u * kThreads * L;
+    if (pruned[u] == (1u << L) - 1) {
+      store_vector(words + i, Vector<Word>{});
+    } else if (pruned[u] != 0) {
+#pragma unroll
+      for (int s = 0; s < L; ++s) {
+        store_if((pruned[u] >> s & 1) != 0, words + i + s, Word{0});
+      }
+    }
+  }
+}
+
+template <class Word, class Index>
+__device__ __forceinline__ void zero_tile_of(const ZeroTask& task) {
+  constexpr int L = kLength<Word>;
+  const auto [begin, end] = tile_of_block<Word>(task);
+  const int thread = static_cast<int>(threadIdx.x);
+  int64_t zeroed = begin;
+  if (task.vectors) {
+    zeroed = begin + (end - begin) / L * L;
+    zero_vectors<Word, Index>(task.item, begin + thread * L, zeroed);
+  }
+  if (zeroed < end) zero_elements<Word, Index>(task.item, zeroed + thread, end);
+}
+
+// Reads flags alone, and touches no element that stays.
+template <class Word>
+__global__ void __launch_bounds__(kThreads) zero_kernel(const ZeroTask* tasks, int count) {
+  LNPRUNE_SHARED(ZeroTask, task, 1);
+  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
+  __syncthreads();
+  // A step beyond the last element fits too.
+  if (task->elements <= 0x7fffffffll) {
+    zero_tile_of<Word, uint32_t>(*task);
+  } else {
+    zero_tile_of<Word, uint64_t>(*task);
+  }
+}
+
+using ZeroKernel = void (*)(const ZeroTask*, int);
+
+ZeroKernel zero_kernel_of(ElementType type) {
+  switch (element_bytes(type)) {
+    case 8: return zero_kernel<uint64_t>;
+    case 4: return zero_kernel<uint32_t>;
+    case 2: return zero_kernel<uint16_t>;
+    default: return zero_kernel<uint8_t>;
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
                          cudaStream_t stream) {
-  return launch(kKernels[static_cast<int>(type)], blocks, kThreads, stream, tasks, count);
+  return launch(kWriteKernels[static_cast<int>(type)], blocks, kThreads, stream, tasks, count);
 }
 
-int64_t write_tile(ElementType type) {
-  constexpr int64_t kLengths[kElementTypes] = {2, 4, 8, 8, 16, 16, 16, 16};
-  return kThreads * kVectorsPerThread * kLengths[static_cast<int>(type)];
+cudaError_t launch_zero(ElementType type, const ZeroTask* tasks, int count, int64_t blocks,
+                        cudaStream_t stream) {
+  return launch(zero_kernel_of(type), blocks, kThreads, stream, tasks, count);
+}
+
+int64_t tile_elements(ElementType type) {
+  return kThreads * kVectorsPerThread * (16 / element_bytes(type));
 }
 
 }  // namespace lnprune::cuda

@@ -9,7 +9,6 @@
 namespace lnprune::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 // Vectors that a thread loads before it adds.
 constexpr int kVectorLoads = 4;
 

@@ -5,11 +5,11 @@
 namespace lnprune::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kSelectThreads = 512;
+constexpr int kWarps = kSelectThreads / kWarp;
 constexpr int kBucketBits = 11;
 constexpr int kBuckets = 1 << kBucketBits;
-constexpr int kBucketsPerThread = kBuckets / kThreads;
+constexpr int kBucketsPerThread = kBuckets / kSelectThreads;
 
 // What the threads of a block tell each other.
 struct Shared {
@@ -59,7 +59,7 @@ __device__ __forceinline__ int64_t survey(const SelectItem& item, RankingKey* lo
   RankingKey least = ~RankingKey{0};
   RankingKey most = 0;
 #pragma unroll 1
-  for (int64_t c = threadIdx.x; c < item.channels; c += kThreads) {
+  for (int64_t c = threadIdx.x; c < item.channels; c += kSelectThreads) {
     if (!takes_part(item, c)) continue;
     const RankingKey key = key_of(item, c);
     ++count;
@@ -97,10 +97,10 @@ __device__ __forceinline__ Cut find_cut(const SelectItem& item, RankingKey low, 
     const int bits = low == high ? 0 : 64 - __clzll(static_cast<long long>(high - low));
     const int shift = bits > kBucketBits ? bits - kBucketBits : 0;
 #pragma unroll 1
-    for (int b = threadIdx.x; b < kBuckets; b += kThreads) buckets[b] = 0;
+    for (int b = threadIdx.x; b < kBuckets; b += kSelectThreads) buckets[b] = 0;
     __syncthreads();
 #pragma unroll 1
-    for (int64_t c = threadIdx.x; c < item.channels; c += kThreads) {
+    for (int64_t c = threadIdx.x; c < item.channels; c += kSelectThreads) {
       const RankingKey key = key_of(item, c);
       if (takes_part(item, c) && key >= low && key <= high) {
         atomicAdd(buckets + ((key - low) >> shift), 1u);
@@ -139,7 +139,7 @@ __device__ __forceinline__ Cut find_cut(const SelectItem& item, RankingKey low, 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const SelectItem* items) {
+__global__ void __launch_bounds__(kSelectThreads) select_kernel(const SelectItem* items) {
   LNPRUNE_SHARED(unsigned, buckets, kBuckets);
   LNPRUNE_SHARED(Shared, shared, 1);
   const SelectItem item = load_cached(items + blockIdx.x);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const SelectItem* item
   const bool in_order = cut.ties > 0 && cut.ties < equal;
   int64_t equal_before_tile = 0;
 #pragma unroll 1
-  for (int64_t start = 0; start < item.channels; start += kThreads) {
+  for (int64_t start = 0; start < item.channels; start += kSelectThreads) {
     const int64_t c = start + threadIdx.x;
     const bool counted = c < item.channels && takes_part(item, c);
     const RankingKey key = c < item.channels ? key_of(item, c) : 0;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const SelectItem* item
 }  // namespace
 
 cudaError_t launch_select(const SelectItem* items, int64_t count, cudaStream_t stream) {
-  return launch(select_kernel, count, kThreads, stream, items);
+  return launch(select_kernel, count, kSelectThreads, stream, items);
 }
 
 }  // namespace lnprune::cuda

@@ -308,6 +308,8 @@ void record(Access access, const void* address, size_t bytes) {
   for (uint64_t sector = first; sector <= last; ++sector) sectors.insert(sector);
 }
 
+void record_nothing(Access access) { ++current->accesses[static_cast<int>(access)]; }
+
 void store(void* address, const void* value, size_t bytes) {
   PendingStore pending{address, bytes, {}};
   std::memcpy(pending.value, value, bytes);

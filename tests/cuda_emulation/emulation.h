@@ -62,6 +62,7 @@ cudaError_t run(const std::function<void()>& thread, int64_t blocks, int threads
 enum class Access { read, write, cached };
 void* shared(const char* file, int line, size_t bytes);
 void record(Access access, const void* address, size_t bytes);
+void record_nothing(Access access);  // this lane's part of an access of its warp
 void store(void* address, const void* value, size_t bytes);
 void flush_stores();
 void fence();
@@ -139,6 +140,15 @@ template <class T>
 void store(T* address, T value) {
   emulation::record(emulation::Access::write, address, sizeof(T));
   emulation::store(address, &value, sizeof(T));
+}
+
+template <class T>
+void store_if(bool condition, T* address, T value) {
+  if (condition) {
+    store(address, value);
+  } else {
+    emulation::record_nothing(emulation::Access::write);
+  }
 }
 
 template <class T>

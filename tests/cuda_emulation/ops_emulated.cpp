@@ -62,9 +62,9 @@ pybind11::dict read_meter() {
 }  // namespace
 }  // namespace lnprune
 
-STABLE_TORCH_LIBRARY(LNPRUNE_EMULATED_NAMESPACE, library) { lnprune::define_ops(library); }
+STABLE_TORCH_LIBRARY(lnprune_emulated, library) { lnprune::define_ops(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(LNPRUNE_EMULATED_NAMESPACE, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(lnprune_emulated, CPU, library) {
   LNPRUNE_IMPLEMENT_OPS(library, lnprune::EmulatedBackend);
 }
 
