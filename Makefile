@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT ?= build/gpu
 
 # What runs the kernels on every path; the other tests are about Python.
-EMULATED_TESTS := $(addprefix tests/test_,norms.py selection.py write.py repeated.py)
+EMULATED_TESTS := $(addprefix tests/test_,norms.py selection.py write.py zero.py repeated.py)
 
 .PHONY: test unit-tests emulated-tests demo lint types sanitize bench gpu clean
 
@@ -25,6 +25,7 @@ emulated-tests: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/sentence_encoder.py
+	$(BIN)/python examples/whole_model.py
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -17,12 +17,17 @@ from benchmarks.shapes import MLP
 CALLS = {"lnprune": lnprune.ln_structured, "torch": stock.ln_structured}
 
 
-def _status(key: str) -> int:
+def read_status(key: str) -> int:
     """An entry of /proc/self/status, in bytes."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+def reset_peak() -> None:
+    """Makes VmHWM, the highest VmRSS so far, the present one."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def _module(*shape: int) -> nn.Module:
@@ -37,10 +42,10 @@ def _peak(name: str, dim: int) -> float:
     call(_module(1024, 1024), "weight", amount=0.5, n=2, dim=dim)  # threads and imports are in place
     module = _module(*MLP)
     weight_bytes = module.weight.numel() * module.weight.element_size()
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    before = _status("VmRSS")
+    reset_peak()
+    before = read_status("VmRSS")
     call(module, "weight", amount=0.5, n=2, dim=dim)
-    return (_status("VmHWM") - before) / weight_bytes
+    return (read_status("VmHWM") - before) / weight_bytes
 
 
 def measure(name: str, dim: int) -> float:

@@ -148,6 +148,10 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "over_torch": lambda value: f"{value:.2f}",
     "over_predicted": lambda value: f"{value:.2f}",
     "compiled_speedup": lambda value: f"{value:.2f} x",
+    "rank": _time,
+    "select": _time,
+    "over_rank": lambda value: f"{value:.3f}",
+    "bytes_per_channel": lambda value: f"{value:.0f}",
     "error": lambda value: f"{value:.0e}",
     "peak": lambda value: f"{value:.3f}",
     "torch_peak": lambda value: f"{value:.3f}",
@@ -179,6 +183,9 @@ TITLES = {
     "peak": "peak, in weights",
     "torch_peak": "torch's peak, in weights",
     "beyond_outputs": "beyond the outputs",
+    "select": "one selection",
+    "over_rank": "selection / rank",
+    "bytes_per_channel": "bytes per channel",
 }
 HIDDEN = {"bytes", "fault"}
 

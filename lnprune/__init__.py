@@ -1,7 +1,8 @@
 """Structured Lp-norm pruning for PyTorch, at the cost of moving the bytes.
 
 ``import lnprune as prune`` stands in for ``from torch.nn.utils import prune``: every public name of that
-module is here, with ``ln_structured`` and ``LnStructured`` native.
+module is here, with ``ln_structured`` and ``LnStructured`` native. Beyond that module, whole models:
+``rank``, ``local_structured``, ``global_structured``, ``remove_all``.
 """
 
 from torch.nn.utils.prune import (
@@ -23,7 +24,11 @@ from torch.nn.utils.prune import (
 )
 
 from lnprune import ops, reference
+from lnprune.model import global_structured, local_structured, remove_all
+from lnprune.patching import patch
+from lnprune.plan import Plan, PlanEntry, load_plan
 from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
+from lnprune.ranking import Ranking, rank
 from lnprune.reference import reference_ranking
 
 __version__ = "0.1.0"
@@ -34,21 +39,30 @@ __all__ = [
     "Identity",
     "L1Unstructured",
     "LnStructured",
+    "Plan",
+    "PlanEntry",
     "PruningContainer",
     "RandomStructured",
     "RandomUnstructured",
+    "Ranking",
     "channel_mask",
     "channel_norms",
     "custom_from_mask",
+    "global_structured",
     "global_unstructured",
     "identity",
     "is_pruned",
     "l1_unstructured",
     "ln_structured",
+    "load_plan",
+    "local_structured",
     "ops",
+    "patch",
     "random_structured",
     "random_unstructured",
+    "rank",
     "reference",
     "reference_ranking",
     "remove",
+    "remove_all",
 ]

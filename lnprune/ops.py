@@ -115,6 +115,7 @@ def is_native(tensor: Tensor) -> bool:
         type(tensor) in _PLAIN_TYPES
         and tensor.dtype in _NATIVE_DTYPES
         and tensor.layout is torch.strided
+        and not tensor.is_neg()
         and tensor.numel() > 0
     ):
         return False

@@ -1,4 +1,4 @@
-"""ln_structured and LnStructured: validation, the choice of a path, registration, and rollback."""
+"""ln_structured and LnStructured: validation, the choice of a path, and the mask by it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.utils.prune import LnStructured as _StockLnStructured  # whatever patch() does to the module
 
 from lnprune import ops, reference
+from lnprune.registration import Pruning, Snapshot, masked
 
-__all__ = ["LnStructured", "channel_mask", "channel_norms", "ln_structured"]
+__all__ = [
+    "LnStructured",
+    "can_fuse",
+    "channel_mask",
+    "channel_norms",
+    "contiguous_mask",
+    "ln_mask",
+    "ln_structured",
+    "native_order",
+    "pruned_count",
+]
 
 Amount = Union[int, float]
 Order = Union[int, float, str, None]
@@ -24,7 +35,7 @@ Order = Union[int, float, str, None]
 _FUSED_BYTES = 1 << 20
 
 
-def _native_order(n: Any) -> float | None:
+def native_order(n: Any) -> float | None:
     """The order of the norm as a float, or None where plain torch is to judge it."""
     if type(n) is float or type(n) is int or isinstance(n, bool):
         try:
@@ -39,12 +50,12 @@ def _native_order(n: Any) -> float | None:
         return None
     try:  # numpy scalars and 0-d tensors, where torch takes them
         torch.norm(torch.ones(1), p=n, dim=[0])
-        return _native_order(float(n))
+        return native_order(float(n))
     except (TypeError, RuntimeError, ValueError):
         return None
 
 
-def _pruned_count(tensor: Tensor, amount: Amount, dim: int) -> int:
+def pruned_count(tensor: Tensor, amount: Amount, dim: int) -> int:
     """How many channels to prune, after the reference's checks in the reference's order."""
     if tensor.dim() < 2:
         stock._validate_structured_pruning(tensor)
@@ -61,7 +72,7 @@ def _keep_flags(scores: Tensor, n: Any, dim: int, count: int) -> Tensor:
     """Rank and select: bool keep flags of shape ``(channels,)``."""
     if reference.ranks_like_torch():
         return reference.torch_keep_channels(scores, n, dim, count)
-    p = _native_order(n)
+    p = native_order(n)
     if p is not None and ops.is_native(scores):
         norms = ops.channel_norms([scores], [dim], p)
         return ops.select_channels(norms, [], [count], [0.0])[0]
@@ -72,7 +83,7 @@ def _check_order(scores: Tensor, n: Any, dim: int) -> None:
     """Raises what the norm would raise, for calls that prune nothing and so need no norm."""
     if reference.ranks_like_torch():
         stock._compute_norm(scores.detach(), n, dim)
-    elif _native_order(n) is None or not ops.is_native(scores):
+    elif native_order(n) is None or not ops.is_native(scores):
         reference.channel_norms(scores, n, dim)
 
 
@@ -87,7 +98,7 @@ def _has_standard_strides(tensor: Tensor) -> bool:
     return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
 
 
-def _contiguous(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def contiguous_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask in a dtype, with the strides that a clone in contiguous format has."""
     mask = mask.detach().to(dtype)
     return mask if _has_standard_strides(mask) else mask.clone(memory_format=torch.contiguous_format)
@@ -104,15 +115,19 @@ def _product_keeps_strides(original: Tensor) -> bool:
     )
 
 
-def _fused_original(layout: Tensor, original: Tensor) -> list[Tensor]:
-    """The original as the write step takes it, if the weight is worth writing there."""
-    worth = (
-        (original.is_cuda or original.numel() * original.element_size() >= _FUSED_BYTES)
-        and ops.are_native(layout, original)
+def can_fuse(layout: Tensor, original: Tensor) -> bool:
+    """Whether the native code can write the weight together with a mask of this layout."""
+    return (
+        ops.are_native(layout, original)
         and _same_layout(layout, original)
         and _product_keeps_strides(original)
     )
-    return [original] if worth else []
+
+
+def _fused_original(layout: Tensor, original: Tensor) -> list[Tensor]:
+    """The original as the write step takes it, if the weight is worth writing there."""
+    worth = original.is_cuda or original.numel() * original.element_size() >= _FUSED_BYTES
+    return [original] if worth and can_fuse(layout, original) else []
 
 
 def _first_mask(
@@ -124,13 +139,13 @@ def _first_mask(
         ones = torch.ones_like(original, requires_grad=False)
         method = LnStructured(amount, n, dim)
         return method.compute_mask(scores, ones), []
-    count = _pruned_count(scores, amount, dim)
+    count = pruned_count(scores, amount, dim)
     if count == 0:
         _check_order(scores, n, dim)
         return torch.ones_like(original, requires_grad=False), []
     dim = operator.index(dim)
     originals = _fused_original(scores, original)
-    p = None if reference.ranks_like_torch() else _native_order(n)
+    p = None if reference.ranks_like_torch() else native_order(n)
     if p is None:
         keep = _keep_flags(scores, n, dim, count)
         masks, weights = ops.write_masks([keep], [scores], [], originals, [dim])
@@ -143,7 +158,7 @@ def _repeated_mask(
     scores: Tensor, old_mask: Tensor, original: Tensor, amount: Amount, n: Any, dim: int
 ) -> tuple[Tensor, list[Tensor]]:
     """The mask of a repeated pruning, over the channels that are not all zero yet."""
-    p = None if reference.ranks_like_torch() else _native_order(n)
+    p = None if reference.ranks_like_torch() else native_order(n)
     dims = scores.dim()
     if (
         p is None
@@ -159,7 +174,7 @@ def _repeated_mask(
         default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)
         return container.compute_mask(scores, default_mask), []
 
-    mask = _contiguous(old_mask, scores.dtype)
+    mask = contiguous_mask(old_mask, scores.dtype)
     if type(amount) is float and amount == amount:
         count, fraction = -1, amount
     else:
@@ -172,93 +187,17 @@ def _repeated_mask(
     return masks[0], weights
 
 
-class _Product(TorchDispatchMode):
-    """Answers the one multiplication inside with a product that is at hand.
-
-    Autograd, above the dispatch mode, records the stock MulBackward0 all the same.
-    """
-
-    def __init__(self, product: Tensor):
-        super().__init__()
-        self.product = product
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Torch's wrapper around __torch_dispatch__ would import the whole compiler on the first call.
-        return False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.ops.aten.mul.Tensor:
-            return self.product
-        return func(*args, **(kwargs or {}))
-
-
-def _masked(mask: Tensor, original: Tensor, products: list[Tensor]) -> Tensor:
-    """``mask.to(original.dtype) * original``, differentiable in the original."""
-    if not products:
-        return (mask if mask.dtype == original.dtype else mask.to(original.dtype)) * original
-    if not (original.requires_grad and torch.is_grad_enabled()):
-        return products[0]
-    with _Product(products[0]):
-        return mask * original
-
-
-class _Snapshot:
-    """What a pruning call may change in a module, to put it back when the call fails."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.attributes = attributes = module.__dict__.copy()
-        self.parameters = attributes["_parameters"].copy()
-        self.buffers = attributes["_buffers"].copy()
-        self.transient = attributes["_non_persistent_buffers_set"].copy()
-        self.hooks = attributes["_forward_pre_hooks"].copy()
-        # Lists of parameters that a module of its own __setattr__ keeps beside them, as an RNN does.
-        self.lists: list[tuple[list, list]] = []
-        if type(module).__setattr__ is not nn.Module.__setattr__:
-            self.lists = [(v, v.copy()) for v in attributes.values() if type(v) is list]
-        self.methods: list[tuple[stock.PruningContainer, Any]] = [
-            (hook, hook._pruning_methods)
-            for hook in self.hooks.values()
-            if isinstance(hook, stock.PruningContainer)
-        ]
-
-    def restore(self) -> None:
-        attributes = self.attributes
-        self.module.__dict__.clear()
-        self.module.__dict__.update(attributes)
-        for name, content in (
-            ("_parameters", self.parameters),
-            ("_buffers", self.buffers),
-            ("_non_persistent_buffers_set", self.transient),
-            ("_forward_pre_hooks", self.hooks),
-        ):
-            attributes[name].clear()
-            attributes[name].update(content)
-        for value, content in self.lists:
-            value[:] = content
-        for hook, pruning_methods in self.methods:
-            hook._pruning_methods = pruning_methods
-
-
-def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None:
-    """Removes the parameter's pruning hook, if any, and returns it."""
-    if not module._forward_pre_hooks:
-        return None
-    found = [
-        (key, hook)
-        for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, stock.BasePruningMethod) and hook._tensor_name == name
-    ]
-    if len(found) > 1:
-        raise AssertionError(
-            f"Avoid adding multiple pruning hooks to the "
-            f"same tensor {name} of module {module}. Use a PruningContainer."
+def ln_mask(pruning: Pruning) -> tuple[Tensor, list[Tensor]]:
+    """The new mask by an ``LnStructured``, and the masked weight where the native code made it too."""
+    new = pruning.new
+    if pruning.old_mask is None:
+        return _first_mask(pruning.scores, pruning.original, new.amount, new.n, new.dim)
+    if pruning.combines_as_torch():
+        return _repeated_mask(
+            pruning.scores, pruning.old_mask, pruning.original, new.amount, new.n, new.dim
         )
-    for key, hook in found:
-        del module._forward_pre_hooks[key]
-        return hook
-    return None
+    default_mask = pruning.old_mask.detach().clone(memory_format=torch.contiguous_format)
+    return pruning.method.compute_mask(pruning.scores, default_mask=default_mask), []
 
 
 def _install(
@@ -269,45 +208,16 @@ def _install(
     dim: int,
     importance_scores: Tensor | None,
 ) -> Any:
-    """``BasePruningMethod.apply`` for Ln norms, in its order of steps, so in its order of errors."""
-    snapshot = _Snapshot(module)
+    """``BasePruningMethod.apply`` for Ln norms: all of it, or, where it raises, nothing."""
+    snapshot = Snapshot(module)
     try:
-        old = _detach_hook(module, name)
-        new = stock.LnStructured(amount, n, dim)
-        new._tensor_name = name
-        method: Any = new
-        if old is not None:
-            method = old if isinstance(old, stock.PruningContainer) else stock.PruningContainer(old)
-            method.add_pruning_method(new)
-        current = module._parameters.get(name)
-        if current is None:
-            current = getattr(module, name)
-        scores = current if importance_scores is None else importance_scores
-        if importance_scores is not None and scores.shape != current.shape:
-            raise AssertionError(
-                f"importance_scores should have the same shape as parameter "
-                f"{name} of {module}, got {scores.shape} vs {current.shape}"
-            )
-        if old is None:
-            original = current
-            module.register_parameter(name + "_orig", original)
-            del module._parameters[name]
-            mask, products = _first_mask(scores, original, amount, n, dim)
-        else:
-            old_mask = getattr(module, name + "_mask")
-            original = getattr(module, name + "_orig")
-            if type(method) is stock.PruningContainer:
-                mask, products = _repeated_mask(scores, old_mask, original, amount, n, dim)
-            else:  # a user's container combines masks its own way
-                default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)
-                mask, products = method.compute_mask(scores, default_mask=default_mask), []
-        module.register_buffer(name + "_mask", mask)
-        setattr(module, name, _masked(mask, original, products))
-        module.register_forward_pre_hook(method)
+        pruning = Pruning(module, name, lambda: _StockLnStructured(amount, n, dim), importance_scores)
+        mask, products = ln_mask(pruning)
+        pruning.finish(mask, masked(mask, pruning.original, products))
     except BaseException:
         snapshot.restore()
         raise
-    return method
+    return pruning.method
 
 
 def ln_structured(
@@ -369,7 +279,7 @@ def ln_structured(
     return module
 
 
-class LnStructured(stock.LnStructured):
+class LnStructured(_StockLnStructured):
     """:class:`torch.nn.utils.prune.LnStructured` with native ``apply``, ``prune`` and ``compute_mask``.
 
     Usable wherever torch takes a ``BasePruningMethod``, in a ``PruningContainer`` too, and subclassable.
@@ -394,6 +304,11 @@ class LnStructured(stock.LnStructured):
     n: Any
     dim: int
 
+    @classmethod
+    def __subclasshook__(cls, other: type) -> Any:
+        # The hooks that apply() installs, torch's, are instances of this class too.
+        return True if cls is LnStructured and _StockLnStructured in other.__mro__ else NotImplemented
+
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The mask that zeroes the last-ranking channels of ``t``, on top of ``default_mask``.
 
@@ -408,13 +323,13 @@ class LnStructured(stock.LnStructured):
         Raises:
             As :func:`ln_structured`.
         """
-        count = _pruned_count(t, self.amount, self.dim)
+        count = pruned_count(t, self.amount, self.dim)
         if count == 0:
             _check_order(t, self.n, self.dim)
             return default_mask
         keep = _keep_flags(t, self.n, self.dim, count)
         if ops.are_native(t, default_mask) and _has_standard_strides(t) and default_mask.shape == t.shape:
-            mask = _contiguous(default_mask, t.dtype)
+            mask = contiguous_mask(default_mask, t.dtype)
             return ops.write_masks([keep], [t], [mask], [], [operator.index(self.dim)])[0][0]
         return reference.write_mask(keep, t, default_mask, self.dim)
 
@@ -431,7 +346,7 @@ class LnStructured(stock.LnStructured):
         """Prunes as :func:`ln_structured` does and returns the hook that was installed."""
         if cls is LnStructured:
             return _install(module, name, amount, n, dim, importance_scores)
-        snapshot = _Snapshot(module)
+        snapshot = Snapshot(module)
         try:
             return super().apply(module, name, amount, n, dim, importance_scores)
         except BaseException:
@@ -474,7 +389,7 @@ def channel_norms(tensor: Tensor, n: Order, dim: int) -> Tensor:
     stock._validate_structured_pruning(tensor)
     stock._validate_pruning_dim(tensor, dim)
     tensor.shape[dim]  # raises where dim is below the range
-    p = _native_order(n)
+    p = native_order(n)
     if p is not None and ops.is_native(tensor):
         return ops.channel_norms([tensor], [operator.index(dim)], p)[0]
     return reference.channel_norms(tensor, n, dim)
@@ -503,5 +418,5 @@ def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
         tensor([ True, False,  True])
     """
     stock._validate_pruning_amount_init(amount)
-    count = _pruned_count(tensor, amount, dim)
+    count = pruned_count(tensor, amount, dim)
     return _keep_flags(tensor, n, dim, count)

@@ -29,11 +29,12 @@ _REGISTRIES = (
 
 
 def bits(tensor: Tensor) -> Tensor | None:
-    """The bytes of the elements in logical order, or None for tensors without data."""
+    """A copy of the bytes of the elements in logical order, or None for tensors without data."""
     if tensor.is_meta or tensor.layout is not torch.strided:
         return None
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).cpu() if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+    values = tensor.detach().resolve_conj().resolve_neg()
+    flat = values.clone(memory_format=torch.contiguous_format).reshape(-1)
+    return flat.view(torch.uint8).cpu() if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def describe_tensor(tensor: Tensor) -> dict[str, Any]:
@@ -229,3 +230,25 @@ def kept_channels(mask: Tensor, dim: int) -> Tensor:
     """Which channels of a mask hold anything but zeros."""
     others = [d for d in range(mask.dim()) if d != dim % mask.dim()]
     return (mask.to(torch.float32) != 0).sum(dim=others) != 0
+
+
+def twins(make: Make) -> tuple[nn.Module, nn.Module]:
+    """Two equal modules, by the same random numbers."""
+    seed = int(torch.randint(2**31, ()))
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(seed)
+        pair.append(make())
+    return pair[0], pair[1]
+
+
+class ModelSnapshot:
+    """A :class:`Snapshot` of every module in a model."""
+
+    def __init__(self, model: nn.Module):
+        self.parts = [(module, Snapshot(module)) for module in model.modules()]
+
+    def assert_unchanged(self) -> None:
+        """Fails unless every module holds the very objects that it held, in the same order, unchanged."""
+        for module, snapshot in self.parts:
+            assert_unchanged(module, snapshot)

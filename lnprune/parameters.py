@@ -1,0 +1,260 @@
+"""Which parameters a whole-model call is about: names, dims, and weights that modules share."""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Union
+
+from torch import Tensor, nn
+
+__all__ = [
+    "Parameters",
+    "Patterns",
+    "Weight",
+    "collect",
+    "current_tensor",
+    "listed",
+    "output_dim",
+    "per_weight",
+]
+
+Pattern = Union[str, type]
+Patterns = Union[Pattern, Iterable[Pattern], None]
+Parameters = Union[nn.Module, Iterable[tuple[nn.Module, str]]]
+
+# The types whose weights a model is asked for, with the dims of their outputs and inputs.
+_DIMS: tuple[tuple[tuple[type, ...], int, int], ...] = (
+    ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 0, 1),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding), 1, 0),
+)
+_TYPES = tuple(kind for kinds, _, _ in _DIMS for kind in kinds)
+
+
+class Weight:
+    """One weight of a model: the modules where it is registered, and the dim of its channels.
+
+    ``names`` and ``places`` have an entry for each module that shares the weight.
+    """
+
+    __slots__ = ("dim", "names", "places")
+
+    def __init__(self, name: str, place: tuple[nn.Module, str], dim: int):
+        self.names = [name]
+        self.places = [place]
+        self.dim = dim
+
+    @property
+    def name(self) -> str:
+        """What the weight is called: its name at the first of its places."""
+        return self.names[0]
+
+
+def _is_pruned(module: nn.Module, attribute: str) -> bool:
+    """Whether the attribute is a masked weight. Spectral norm has an ``_orig`` too, but no mask."""
+    return attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers
+
+
+def current_tensor(module: nn.Module, attribute: str, name: str) -> Tensor:
+    """The parameter, or where it is pruned, the masked weight."""
+    parameter = module._parameters.get(attribute)
+    if parameter is not None:
+        return parameter
+    if _is_pruned(module, attribute):
+        return getattr(module, attribute)
+    known = []
+    for key, value in module._parameters.items():
+        stem = key.removesuffix("_orig")
+        if value is not None:
+            known.append(stem if _is_pruned(module, stem) else key)
+    found = type(getattr(module, attribute, None)).__name__
+    raise AttributeError(
+        f"{name}: expected a parameter of {type(module).__name__} ({', '.join(known) or 'it has none'}), "
+        f"got {attribute!r}" + (f", which is {found}" if hasattr(module, attribute) else "")
+    )
+
+
+def output_dim(module: nn.Module) -> int | None:
+    """The dim of a module's weight whose channels are its outputs, where its type says so."""
+    return next((out for kinds, out, _ in _DIMS if isinstance(module, kinds)), None)
+
+
+def _as_number(dim: Any, module: nn.Module, name: str) -> int:
+    """The dim that is meant by a number or a word."""
+    if isinstance(dim, str) and dim in ("out", "in"):
+        return _named_dim(dim, module, name)
+    try:
+        return operator.index(dim)
+    except TypeError:
+        kind = ValueError if isinstance(dim, str) else TypeError
+        raise kind(f"{name}: expected a number, 'out' or 'in' as its dim, got {dim!r}") from None
+
+
+def _named_dim(word: str, module: nn.Module, name: str) -> int:
+    for kinds, out, into in _DIMS:
+        if isinstance(module, kinds):
+            return out if word == "out" else into
+    raise ValueError(
+        f"{name}: dim={word!r} is known for Linear, convolutions and Embedding, got "
+        f"{type(module).__name__}: give its dim as a number"
+    )
+
+
+def _matches(patterns: Sequence[Pattern], matched: set[int], name: str, module: nn.Module) -> bool:
+    """Whether any pattern is the module's type or matches the name; notes which ones did."""
+    any_match = False
+    for i, pattern in enumerate(patterns):
+        if isinstance(pattern, str):
+            path = name.rpartition(".")[0]
+            hit = fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern)
+        else:
+            hit = isinstance(module, pattern)
+        if hit:
+            matched.add(i)
+            any_match = True
+    return any_match
+
+
+def _patterns(given: Patterns, what: str) -> list[Pattern]:
+    if given is None:
+        return []
+    patterns = list(given) if isinstance(given, Iterable) and not isinstance(given, str | type) else [given]
+    for pattern in patterns:
+        if not isinstance(pattern, str | type):
+            raise TypeError(f"{what}: expected name patterns and module types, got {pattern!r}")
+    return patterns
+
+
+def _in_model(
+    model: nn.Module,
+    include: Pattern | Iterable[Pattern] | None,
+    exclude: Pattern | Iterable[Pattern] | None,
+) -> list[tuple[str, nn.Module, str]]:
+    included, excluded = _patterns(include, "include"), _patterns(exclude, "exclude")
+    types = _TYPES + tuple(pattern for pattern in included if isinstance(pattern, type))
+    modules: Iterable[tuple[str, nn.Module]] = model.named_modules()
+    found = [
+        (f"{path}.weight" if path else "weight", module, "weight")
+        for path, module in modules
+        if isinstance(module, types)
+    ]
+    for patterns, what in ((included, "include"), (excluded, "exclude")):
+        if not patterns:
+            continue
+        matched: set[int] = set()
+        wanted = what == "include"
+        kept = [entry for entry in found if _matches(patterns, matched, *entry[:2]) is wanted]
+        for i, pattern in enumerate(patterns):
+            if i not in matched:
+                shown = pattern if isinstance(pattern, str) else pattern.__name__
+                names = ", ".join(name for name, _, _ in found[:3]) or "none"
+                raise ValueError(
+                    f"{what}: {shown!r} matches nothing among the {len(found)} weights of "
+                    f"{type(model).__name__} ({names}{', ...' if len(found) > 3 else ''})"
+                )
+        found = kept
+    return found
+
+
+def listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[tuple[str, nn.Module, str]]:
+    """Name, module and attribute of each pair."""
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"expected a module or pairs (module, name), got {type(parameters).__name__}")
+    found = []
+    for i, entry in enumerate(parameters):
+        if not (
+            isinstance(entry, tuple)
+            and len(entry) == 2
+            and isinstance(entry[0], nn.Module)
+            and isinstance(entry[1], str)
+        ):
+            raise TypeError(f"parameter {i}: expected a pair (module, name), got {entry!r}")
+        found.append((f"{i}.{entry[1]}", *entry))
+    return found
+
+
+def _dims(dim: Any, found: list[tuple[str, nn.Module, str]]) -> list[Any]:
+    """The dim of each parameter as it was given: a number or a word."""
+    if isinstance(dim, str):
+        if dim not in ("out", "in"):
+            raise ValueError(f"dim: expected a number, 'out' or 'in', got {dim!r}")
+        return [dim] * len(found)
+    if isinstance(dim, Mapping):
+        return per_weight(dim, [name for name, _, _ in found], "dim")
+    if isinstance(dim, Sequence):
+        if len(dim) != len(found):
+            raise ValueError(f"dim: expected one per parameter, {len(found)}, got {len(dim)}")
+        return list(dim)
+    return [dim] * len(found)
+
+
+def per_weight(given: Any, names: Sequence[str], what: str) -> list[Any]:
+    """One value for each name: the same for all, or by name."""
+    if not isinstance(given, Mapping):
+        return [given] * len(names)
+    unknown = [name for name in given if name not in set(names)]
+    missing = [name for name in names if name not in given]
+    if unknown or missing:
+        trouble = f"got one for {unknown[0]!r}" if unknown else f"got none for {missing[0]!r}"
+        raise ValueError(f"{what}: expected one for each of {len(names)} parameters, {trouble}")
+    return [given[name] for name in names]
+
+
+def collect(
+    parameters: Parameters,
+    dim: Any,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> tuple[list[Weight], list[Tensor]]:
+    """The weights that a call is about, each once, and their current tensors."""
+    if isinstance(parameters, nn.Module):
+        found = _in_model(parameters, include, exclude)
+    elif include is not None or exclude is not None:
+        raise TypeError("include and exclude choose among the weights of a module, got a list")
+    else:
+        found = listed(parameters)
+    weights: list[Weight] = []
+    tensors: list[Tensor] = []
+    by_place: dict[tuple[int, str], str] = {}
+    by_identity: dict[Any, Weight] = {}
+    for (name, module, attribute), given in zip(found, _dims(dim, found), strict=True):
+        tensor = current_tensor(module, attribute, name)
+        place = (id(module), attribute)
+        if place in by_place:
+            raise ValueError(
+                f"{name}: expected every parameter once, got {attribute!r} of the same "
+                f"{type(module).__name__} as {by_place[place]}"
+            )
+        by_place[place] = name
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{name}: expected a parameter with a shape, got one not initialised yet")
+        dims = tensor.dim()
+        if dims < 2:
+            raise ValueError(
+                f"{name}: structured pruning needs two dims or more, got shape {tuple(tensor.shape)}"
+            )
+        along = _as_number(given, module, name)
+        if not -dims <= along < dims:
+            raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
+        along %= dims
+        identity: Any = id(tensor)
+        if attribute not in module._parameters:  # its masked weight is its own, its original may be shared
+            identity = (
+                id(module._parameters[attribute + "_orig"]),
+                id(module._buffers[attribute + "_mask"]),
+            )
+        shared = by_identity.get(identity)
+        if shared is None:
+            weight = by_identity[identity] = Weight(name, (module, attribute), along)
+            weights.append(weight)
+            tensors.append(tensor)
+        elif shared.dim == along:
+            shared.names.append(name)
+            shared.places.append((module, attribute))
+        else:
+            raise ValueError(
+                f"{name}: shares its weight with {shared.name}, so expected one dim for both, got {along} "
+                f"and {shared.dim}: exclude one, or give the dims"
+            )
+    return weights, tensors

@@ -1,0 +1,543 @@
+"""Plan: which channels of which parameters to prune; to look at, save, apply and undo."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import numbers
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import CustomFromMask, LnStructured
+
+from lnprune import report
+from lnprune.batch import Transaction, Values, bake, finish_all, flag_masks, is_writable, zero
+from lnprune.parameters import Parameters, Weight, current_tensor, listed, output_dim
+from lnprune.registration import ParameterState, Pruning
+from lnprune.selection import group_norms
+
+if TYPE_CHECKING:
+    from lnprune.selection import Layers
+
+__all__ = ["Plan", "PlanEntry", "load_plan"]
+
+_FORMAT = "lnprune plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What a plan does to one parameter.
+
+    ``kept`` and ``channels`` are channels; channels pruned before the plan are not among the kept ones.
+    ``norm_at_cut`` is the norm of the last channel (or group) that is kept, None if none is;
+    ``margin`` is how much it is larger than that of the first one that is pruned, None if none is.
+    ``parameters_removed`` are elements of the weight that the plan prunes, of those left so far.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    channels: int
+    kept: int
+    norm_at_cut: float | None
+    margin: float | None
+    parameters_removed: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One parameter of a plan and its bool keep flags, on the CPU."""
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    keep: Tensor
+
+
+class _Applied:
+    """What apply() did, for undo()."""
+
+    def __init__(self, transaction: Transaction, names: list[str], before: list[ParameterState]):
+        self.names = names
+        self.before = before
+        self.after = [ParameterState(state.module, state.name) for state in before]
+        self.values = transaction.values
+
+
+class Plan:
+    """Which channels of which parameters to prune, from :meth:`Ranking.select` or :func:`load_plan`.
+
+    ``print(plan)`` is a table, with rich if that is installed.
+    """
+
+    def __init__(
+        self,
+        weights: list[Weight],
+        layers: list[Layer],
+        n: Any,
+        selection: dict[str, Any],
+        measured: Layers | None,
+        entries: list[PlanEntry] | None = None,
+    ):
+        self.n = n
+        self.selection = selection
+        self._weights = weights
+        self._layers = layers
+        self._measured = measured
+        if entries is not None:
+            self.entries = entries
+        self._applied: _Applied | None = None
+        self._permanent_without_backup = False
+
+    @functools.cached_property
+    def entries(self) -> list[PlanEntry]:
+        """One :class:`PlanEntry` per parameter, in order."""
+        assert self._measured is not None
+        return [self._entry(layer, *part) for layer, part in zip(self._layers, self._parts(), strict=True)]
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Norms of the groups of each layer, and which of them were not pruned before."""
+        measured = self._measured
+        assert measured is not None
+        counts = list(measured.channels)
+        size = self.selection["group_size"]
+        alive = torch.ones(measured.norms.numel(), dtype=torch.bool)
+        if measured.alive is not None:
+            alive = measured.alive
+        return [
+            (group_norms(norms, size, measured.p), left[::size])
+            for norms, left in zip(measured.norms.split(counts), alive.split(counts), strict=True)
+        ]
+
+    def _entry(self, layer: Layer, norms: Tensor, alive: Tensor) -> PlanEntry:
+        size = self.selection["group_size"]
+        kept_groups = layer.keep[::size]
+        ranked = torch.sort(norms[alive], descending=True, stable=True).values
+        kept = int(kept_groups.sum())
+        left = ranked.numel()
+        channels = layer.keep.numel()
+        elements = math.prod(layer.shape) // channels if channels else 0
+        return PlanEntry(
+            layer.name,
+            layer.shape,
+            layer.dim,
+            channels,
+            kept * size,
+            float(ranked[kept - 1]) if kept else None,
+            float(ranked[kept - 1] - ranked[kept]) if 0 < kept < left else None,
+            (left - kept) * size * elements,
+        )
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """Bool keep flags by the name of the parameter, shape ``(channels,)``, on the CPU."""
+        return {layer.name: layer.keep for layer in self._layers}
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        kept = sum(int(layer.keep.sum()) for layer in self._layers)
+        channels = sum(layer.keep.numel() for layer in self._layers)
+        return f"Plan({len(self)} parameters, {kept} of {channels} channels kept)"
+
+    def __str__(self) -> str:
+        return report.table(self)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the sorted norms of each layer with the cut, and the share of each that is kept.
+
+        Args:
+            path: the picture's file, of any type that matplotlib writes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            RuntimeError: the plan was loaded from a file, which has no norms.
+        """
+        if self._measured is None:
+            raise RuntimeError("plot needs the norms of a ranking, which a plan from a file does not have")
+        ranked = []
+        for layer, (norms, alive) in zip(self._layers, self._parts(), strict=True):
+            kept = int(layer.keep.sum()) // self.selection["group_size"]
+            ranked.append((layer.name, torch.sort(norms[alive], descending=True).values, kept))
+        report.plot(self, ranked, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as numbers, strings, lists and dicts, as :meth:`save` writes it.
+
+        ``pruned`` are the indices of all channels that are not kept, those pruned before among them;
+        ``shared_with`` are the weight's other names.
+        """
+        parameters = []
+        for weight, layer, entry in zip(self._weights, self._layers, self.entries, strict=True):
+            values = asdict(entry)
+            values["shared_with"] = weight.names[1:]
+            values["shape"] = list(entry.shape)
+            for key in ("norm_at_cut", "margin"):
+                values[key] = _plain(values[key])
+            values["pruned"] = (~layer.keep).nonzero().flatten().tolist()
+            parameters.append(values)
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "n": _plain(self.n),
+            "selection": _plain(self.selection),
+            "parameters": parameters,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, to be read by :func:`load_plan`. Weights and norms are not in it."""
+        head = self.to_dict()
+        parameters = head.pop("parameters")
+        # A line for each parameter: lists of channels are long.
+        lines = ",\n  ".join(json.dumps(values, allow_nan=False) for values in parameters)
+        start = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
+        text = f'{start},\n "parameters": [\n  {lines}\n ]\n}}\n'
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+
+    def apply(self, permanent: bool = False, bias: bool = False, keep_backup: bool = False) -> Plan:
+        """Prunes, all parameters or, where one raises, none.
+
+        Args:
+            permanent: write zeros into the weights in place, +0.0 whatever was there, and leave no mask
+                and no hook. Parameters that have a mask, or that cannot be written in place, get the values
+                of torch's ``remove``. Otherwise masks and hooks are installed as by :func:`ln_structured`;
+                modules that share a weight share its mask.
+            bias: prune the biases of pruned output channels too, by the same means; the hook of a bias is
+                torch's ``CustomFromMask``.
+            keep_backup: with ``permanent``, keep the values that are overwritten, for :meth:`undo`.
+
+        Returns:
+            the plan itself.
+
+        Raises:
+            RuntimeError: the plan is applied already; or a parameter changed its shape since.
+            ValueError: ``bias`` with channels that are not a module's outputs.
+
+        Example:
+            >>> import lnprune
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            >>> plan = lnprune.rank(model, n=2, dim="out").select(0.5).apply(permanent=True, bias=True)
+            >>> int((model[0].weight == 0).all(dim=1).sum()), int((model[0].bias == 0).sum())
+            (2, 2)
+        """
+        if self._applied is not None:
+            raise RuntimeError("this plan is applied already: undo() it first, or select another")
+        targets = self._targets(bias)
+        states = [ParameterState(module, attribute) for _, module, attribute, _, _ in targets]
+        with Transaction() as transaction:
+            if permanent:
+                self._prune_in_place(transaction, targets, keep_backup)
+            else:
+                self._install(transaction, targets)
+            applied = _Applied(transaction, [target[0] for target in targets], states)
+        self._permanent_without_backup = permanent and not keep_backup
+        if not permanent or not keep_backup:
+            applied.values = []
+        self._applied = applied
+        return self
+
+    def _targets(self, bias: bool) -> list[tuple[str, nn.Module, str, Tensor, int]]:
+        """Name, module, attribute, keep flags and dim of all that is to be pruned."""
+        targets = []
+        for weight, layer in zip(self._weights, self._layers, strict=True):
+            for name, (module, attribute) in zip(weight.names, weight.places, strict=True):
+                tensor = current_tensor(module, attribute, name)
+                if tuple(tensor.shape) != layer.shape:
+                    raise RuntimeError(
+                        f"{name}: expected shape {layer.shape}, as it was ranked, got {tuple(tensor.shape)}"
+                    )
+                targets.append((name, module, attribute, layer.keep, layer.dim))
+        if bias:
+            for name, module, _, keep, dim in list(targets):
+                flags = _bias_flags(name, module, keep, dim)
+                if flags is not None:
+                    targets.append((f"{name} (bias)", module, "bias", flags, 0))
+        return targets
+
+    def _install(
+        self, transaction: Transaction, targets: Sequence[tuple[str, nn.Module, str, Tensor, int]]
+    ) -> None:
+        prunings = []
+        for _, module, attribute, keep, dim in targets:
+            transaction.touch(module)
+            pruned = int(keep.numel() - keep.sum())
+            prunings.append(
+                Pruning(
+                    module,
+                    attribute,
+                    functools.partial(CustomFromMask, keep)
+                    if attribute == "bias"
+                    else functools.partial(LnStructured, pruned, self.n, dim),
+                )
+            )
+        # The places of a shared weight take its mask, and multiply it for themselves. The flags count too,
+        # since modules may share a bias and no weight.
+        first: dict[tuple[int, int, int], int] = {}
+        owners = [
+            first.setdefault((id(pruning.original), id(pruning.old_mask), id(target[3])), i)
+            for i, (pruning, target) in enumerate(zip(prunings, targets, strict=True))
+        ]
+        unique = sorted(set(owners))
+        found = dict(
+            zip(
+                unique,
+                flag_masks(
+                    [prunings[i] for i in unique],
+                    [targets[i][3] for i in unique],
+                    [targets[i][4] for i in unique],
+                ),
+                strict=True,
+            )
+        )
+        results = [found[owner] if owner == i else (found[owner][0], []) for i, owner in enumerate(owners)]
+        for pruning, (mask, _) in zip(prunings, results, strict=True):
+            if isinstance(pruning.new, CustomFromMask):
+                pruning.new.mask = mask
+        finish_all(prunings, results)
+
+    def _prune_in_place(
+        self,
+        transaction: Transaction,
+        targets: Sequence[tuple[str, nn.Module, str, Tensor, int]],
+        keep_backup: bool,
+    ) -> None:
+        with_masks = []
+        tensors: dict[int, tuple[Tensor, Tensor, int]] = {}
+        for target in targets:
+            _, module, attribute, keep, dim = target
+            parameter = module._parameters.get(attribute)
+            if parameter is None or not is_writable(parameter):
+                with_masks.append(target)
+            else:
+                # A bias that modules share is pruned by each of them.
+                _, others, _ = tensors.get(id(parameter), (parameter, keep, dim))
+                tensors[id(parameter)] = parameter, keep & others, dim
+        self._install(transaction, with_masks)
+        places = [(module, attribute) for _, module, attribute, _, _ in with_masks]
+        multiply = bake(transaction, places, keep_backup)
+        rows = list(tensors.values())
+        zero(
+            transaction,
+            [tensor for tensor, _, _ in rows],
+            [keep for _, keep, _ in rows],
+            [dim for _, _, dim in rows],
+            keep_backup,
+        )
+        multiply()
+
+    def undo(self) -> Plan:
+        """Takes back what :meth:`apply` did: masks, hooks and, with ``keep_backup``, values, bit for bit.
+
+        Values of ``name_orig`` that were trained since stay trained. What else changed in the modules
+        since stays as it is.
+
+        Returns:
+            the plan itself, which can be applied again.
+
+        Raises:
+            RuntimeError: the plan is not applied; it was applied with ``permanent`` and without
+                ``keep_backup``; or a parameter was pruned, restored or replaced since. Nothing is changed
+                then.
+        """
+        applied = self._applied
+        if applied is None:
+            raise RuntimeError("this plan is not applied: there is nothing to undo")
+        if self._permanent_without_backup:
+            raise RuntimeError(
+                "the plan was applied with permanent=True and without keep_backup=True: the values are gone"
+            )
+        for name, state in zip(applied.names, applied.after, strict=True):
+            if not state.is_current():
+                raise RuntimeError(
+                    f"{name}: its parameter, mask or hook is no longer the one that apply() left; undo "
+                    "what came after it first"
+                )
+        with Transaction() as transaction:
+            for state in applied.before:
+                transaction.touch(state.module)
+            # To be put back where a module refuses its old state.
+            transaction.values = [Values(old.tensor, old.dim, old.channels) for old in applied.values]
+            for values in applied.values:
+                values.restore()
+            for state in reversed(applied.before):
+                state.restore()
+        self._applied = None
+        return self
+
+
+def _bias_flags(name: str, module: nn.Module, keep: Tensor, dim: int) -> Tensor | None:
+    """The keep flags of a module's bias, or None where it has none."""
+    if "bias_orig" not in module._parameters and module._parameters.get("bias") is None:
+        return None
+    bias = current_tensor(module, "bias", name)
+    output = output_dim(module)
+    # A transposed convolution has a bias for each channel of each group.
+    groups = module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+    if (output is not None and dim != output) or bias.shape != (keep.numel() * groups,):
+        raise ValueError(
+            f"{name}: bias=True needs channels that are outputs, got {keep.numel()} channels along dim "
+            f"{dim} of {type(module).__name__} with a bias of shape {tuple(bias.shape)}"
+        )
+    return keep.repeat(groups) if groups > 1 else keep
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has words for: a number that is not finite as a string, other objects as their number."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else str(float(value))
+
+
+def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
+    """Reads a plan that :meth:`Plan.save` wrote, for a model with the same parameters.
+
+    Args:
+        path: the file.
+        parameters: the model, or pairs ``(module, name)`` in the order in which they were ranked.
+
+    Returns:
+        the :class:`Plan`, without norms.
+
+    Raises:
+        ValueError: the file holds no plan, or one of a newer version, or one for another model: a
+            parameter is missing or has another shape.
+
+    Example:
+        >>> import lnprune, pathlib, tempfile
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "plan.json"
+        >>> lnprune.rank(model, n=2, dim="out").select(0.5).save(path)
+        >>> lnprune.load_plan(path, model).apply()
+        Plan(1 parameters, 2 of 4 channels kept)
+    """
+    try:
+        saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a plan as JSON: {error}") from None
+    if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+        raise ValueError(f"{path}: expected JSON of the format {_FORMAT!r}")
+    if saved.get("version") != _VERSION:
+        raise ValueError(f"{path}: expected version {_VERSION} of a plan, got {saved.get('version')!r}")
+    try:
+        entries, names = _entries_of(saved)
+        n, selection = _typed(saved, "n", str, int, float, bool, NoneType), _typed(saved, "selection", dict)
+        for key in ("amount", "group_size"):
+            selection[key]
+    except (KeyError, TypeError, ValueError) as error:
+        trouble = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: the plan is damaged: {trouble}") from error
+    if n in ("inf", "-inf"):
+        n = float(n)
+    layers = []
+    weights = _weights_named(parameters, entries, names)
+    for entry, values in zip(entries, saved["parameters"], strict=True):
+        keep = torch.ones(entry.channels, dtype=torch.bool)
+        keep[torch.tensor(values["pruned"], dtype=torch.int64)] = False
+        layers.append(Layer(entry.name, entry.shape, entry.dim, keep))
+    return Plan(weights, layers, n, selection, None, entries)
+
+
+def _typed(values: Any, key: str, *kinds: type) -> Any:
+    """The value of a key, which is of one of these types."""
+    value = values[key]
+    if type(value) not in kinds:
+        raise TypeError(f"{key}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+    return value
+
+
+def _list_of(values: Any, key: str, kind: type) -> list[Any]:
+    found: list[Any] = _typed(values, key, list)
+    for value in found:
+        if type(value) is not kind:
+            raise TypeError(f"{key}: expected a list of {kind.__name__}, got {value!r} in it")
+    return found
+
+
+def _number(values: Any, key: str) -> float | None:
+    value = _typed(values, key, float, int, str, NoneType)
+    return None if value is None else float(value)
+
+
+def _entries_of(saved: dict[str, Any]) -> tuple[list[PlanEntry], list[list[str]]]:
+    """The entries of a plan that was read, and the names of each parameter."""
+    entries, names = [], []
+    for values in _typed(saved, "parameters", list):
+        entry = PlanEntry(
+            _typed(values, "name", str),
+            tuple(_list_of(values, "shape", int)),
+            _typed(values, "dim", int),
+            _typed(values, "channels", int),
+            _typed(values, "kept", int),
+            _number(values, "norm_at_cut"),
+            _number(values, "margin"),
+            _typed(values, "parameters_removed", int),
+        )
+        entries.append(entry)
+        names.append([entry.name, *_list_of(values, "shared_with", str)])
+        shape, channels, pruned = entry.shape, entry.channels, _list_of(values, "pruned", int)
+        if not 0 <= entry.dim < len(shape) or shape[entry.dim] != channels:
+            raise ValueError(f"{entry.name}: {channels} channels are not those of {shape}, dim {entry.dim}")
+        if not all(0 <= i < channels for i in pruned):
+            raise ValueError(f"{entry.name}: indices of pruned channels beyond its {channels}")
+        if len(set(pruned)) != channels - entry.kept or len(set(pruned)) != len(pruned):
+            raise ValueError(
+                f"{entry.name}: {len(pruned)} pruned channels of {channels} do not leave {entry.kept}"
+            )
+    known = [name for group in names for name in group]
+    if len(set(known)) != len(known):
+        raise ValueError(f"{next(name for name in known if known.count(name) > 1)}: is there twice")
+    return entries, names
+
+
+def _weights_named(
+    parameters: Parameters, entries: list[PlanEntry], names: list[list[str]]
+) -> list[Weight]:
+    """The weights of the model that the entries of a plan are for."""
+    if isinstance(parameters, nn.Module):
+        owner = type(parameters).__name__
+        modules = dict(parameters.named_modules(remove_duplicate=False))
+        places = {}
+        for name in (name for group in names for name in group):
+            path, _, attribute = name.rpartition(".")
+            if path not in modules:
+                raise ValueError(f"{name}: {owner} has no module {path!r}: the plan is for another model")
+            places[name] = (modules[path], attribute)
+    else:
+        owner = "the list"
+        found = listed(parameters)
+        count = sum(map(len, names))
+        if len(found) != count:
+            raise ValueError(f"expected the {count} parameters that the plan is for, got {len(found)}")
+        places = {name: (module, attribute) for name, module, attribute in found}
+    weights = []
+    for entry, group in zip(entries, names, strict=True):
+        for name in group:
+            if name not in places:
+                raise ValueError(f"{name}: {owner} has no such parameter: the plan is for another model")
+            try:
+                tensor = current_tensor(*places[name], name)
+            except AttributeError as error:
+                raise ValueError(f"{error}: the plan is for another model") from None
+            if tuple(tensor.shape) != entry.shape:
+                raise ValueError(
+                    f"{name}: the plan is for shape {entry.shape}, {owner} has {tuple(tensor.shape)}"
+                )
+        weight = Weight(group[0], places[group[0]], entry.dim)
+        weight.names, weight.places = group, [places[name] for name in group]
+        weights.append(weight)
+    return weights

@@ -1,0 +1,330 @@
+"""rank: the norms of every channel of a model, measured once, and any number of selections from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lnprune import ops, reference
+from lnprune.parameters import Parameters, Patterns, Weight, collect, per_weight
+from lnprune.plan import Layer, Plan
+from lnprune.prune import Amount, Order, native_order
+from lnprune.selection import Arrangement, Layers
+
+__all__ = ["Ranking", "rank", "scores_of"]
+
+
+def scores_of(
+    weights: list[Weight], tensors: list[Tensor], importance_scores: Mapping[Any, Tensor] | None
+) -> list[Tensor]:
+    """What is ranked: the weights, or the scores that are given for some of them."""
+    if importance_scores is None:
+        return tensors
+    if not isinstance(importance_scores, Mapping):
+        raise TypeError(
+            "importance_scores: expected a mapping from (module, name) or a parameter's name to a tensor, "
+            f"got {type(importance_scores).__name__}"
+        )
+    index: dict[Any, int] = {}
+    for i, weight in enumerate(weights):
+        index[weight.name] = i
+        index.update((place, i) for place in weight.places)
+    scores = list(tensors)
+    for key, score in importance_scores.items():
+        if key not in index:
+            raise ValueError(f"importance_scores: {key!r} is none of the {len(weights)} parameters")
+        i = index[key]
+        if not isinstance(score, Tensor):
+            raise TypeError(
+                f"{weights[i].name}: expected a tensor of importance_scores, got {type(score).__name__}"
+            )
+        if score.shape != tensors[i].shape:
+            raise ValueError(
+                f"{weights[i].name}: expected importance_scores of its shape {tuple(tensors[i].shape)}, "
+                f"got {tuple(score.shape)}"
+            )
+        scores[i] = score
+    return scores
+
+
+def _norms(tensors: list[Tensor], weights: list[Weight], n: Any) -> list[Tensor]:
+    """The norms of every channel, by one native call for each device; others through plain torch."""
+    p = native_order(n)
+    norms: list[Tensor | None] = [None] * len(tensors)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if p is not None and ops.is_native(tensor):
+            by_device.setdefault(tensor.device, []).append(i)
+            continue
+        try:
+            norms[i] = reference.channel_norms(tensor, n, weights[i].dim)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(f"{weights[i].name}: {error}") from error
+    for indices in by_device.values():
+        dims = [weights[i].dim for i in indices]
+        found = ops.channel_norms([tensors[i] for i in indices], dims, p)  # type: ignore[arg-type]
+        for i, norm in zip(indices, found, strict=True):
+            norms[i] = norm
+    return norms  # type: ignore[return-value]
+
+
+def _mask_counts(masks: list[Tensor], weights: list[Weight]) -> list[Tensor]:
+    """How many elements of each channel's mask are not zero. Masks of other methods can be of any dtype."""
+    return _norms(
+        [mask if mask.is_floating_point() or mask.is_complex() else (mask != 0).float() for mask in masks],
+        weights,
+        0,
+    )
+
+
+def rank(
+    parameters: Parameters,
+    n: Order,
+    dim: Any,
+    importance_scores: Mapping[Any, Tensor] | None = None,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> Ranking:
+    """Measures the L\\ ``n`` norm of every channel of many parameters, in one native call per device.
+
+    No weight is changed, and none is read again by the selections that follow. A weight that modules
+    share is measured once. On a pruned parameter the masked weight is measured, and channels that are
+    pruned already take no part.
+
+    Args:
+        parameters: pairs ``(module, name)``, as in torch's ``global_unstructured``; they are called
+            ``"0.weight"``, ``"1.weight"``, ... Or a module: then the ``weight`` of every Linear, Conv1d,
+            Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d and Embedding in it.
+        n: the order of the norm, as for :func:`ln_structured`.
+        dim: the dim of the channels: one number; ``"out"`` or ``"in"``, which is the right one for each
+            type of module; or one per parameter, as a sequence or as a mapping by name.
+        importance_scores: tensors to rank in place of some of the weights, by ``(module, name)`` or by
+            the parameter's name, each of its parameter's shape.
+        include: of a module, the weights to take: patterns as in :mod:`fnmatch` for the name of the
+            parameter or of its module, and types of modules, those beyond the ones above too.
+        exclude: patterns and types of weights not to take.
+
+    Returns:
+        a :class:`Ranking`. Its norms stay on the devices of the weights until the first selection.
+
+    Raises:
+        AttributeError: a module has no such parameter.
+        ValueError: a parameter is given twice, has fewer than two dims or no shape yet, shares its weight
+            with one that has another ``dim``; a pattern matches nothing; scores have another shape.
+        IndexError: ``dim`` is out of range.
+        TypeError: ``parameters`` holds something else.
+        RuntimeError: ``n`` is no order of a norm; or inside :func:`reference_ranking`, since a ranking
+            across layers has no counterpart in torch.
+
+    Example:
+        >>> import lnprune
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
+        >>> ranking = lnprune.rank(model, n=2, dim="out")
+        >>> {name: tuple(norms.shape) for name, norms in ranking.norms.items()}
+        {'0.weight': (8,), '1.weight': (4,)}
+    """
+    if reference.ranks_like_torch():
+        raise RuntimeError(
+            "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
+            "ln_structured or local_structured, or rank outside of it"
+        )
+    weights, tensors = collect(parameters, dim, include, exclude)
+    norms = _norms(scores_of(weights, tensors, importance_scores), weights, n)
+    masked: list[int] = []
+    masks = []
+    for i, weight in enumerate(weights):
+        module, attribute = weight.places[0]
+        if attribute not in module._parameters:
+            mask = module._buffers[attribute + "_mask"]
+            assert mask is not None
+            masked.append(i)
+            masks.append(mask)
+    counts = dict(zip(masked, _mask_counts(masks, [weights[i] for i in masked]), strict=True))
+    return Ranking(weights, [tuple(t.shape) for t in tensors], n, norms, counts)
+
+
+class Ranking:
+    """The norms of the channels of many parameters, from :func:`rank`."""
+
+    def __init__(
+        self,
+        weights: list[Weight],
+        shapes: list[tuple[int, ...]],
+        n: Any,
+        norms: list[Tensor],
+        mask_counts: dict[int, Tensor],
+    ):
+        self.n = n
+        self._weights = weights
+        self._shapes = shapes
+        self._norms = norms
+        self._mask_counts = mask_counts  # of pruned parameters: nonzero mask elements of each channel
+        self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters, in order."""
+        return [weight.name for weight in self._weights]
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """The float64 norms of each parameter's channels, shape ``(channels,)``, on its device."""
+        return dict(zip(self.names, self._norms, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __repr__(self) -> str:
+        channels = sum(norms.numel() for norms in self._norms)
+        return f"Ranking({len(self)} parameters, {channels} channels, n={self.n!r})"
+
+    @functools.cached_property
+    def _layers(self) -> Layers:
+        for weight, norms in zip(self._weights, self._norms, strict=True):
+            if norms.is_meta:
+                raise ValueError(f"{weight.name}: is on the device meta, where norms have no values")
+        channels = [norms.numel() for norms in self._norms]
+        sizes = [
+            torch.Size(shape).numel() // count if count else 0
+            for shape, count in zip(self._shapes, channels, strict=True)
+        ]
+        alive = None
+        if self._mask_counts:
+            flags = [
+                self._mask_counts[i] != 0 if i in self._mask_counts else torch.ones(count, dtype=torch.bool)
+                for i, count in enumerate(channels)
+            ]
+            alive = _on_cpu(flags, torch.bool)
+        return Layers(
+            self.names, channels, sizes, _on_cpu(self._norms, torch.float64), alive, native_order(self.n)
+        )
+
+    def select(
+        self,
+        amount: Amount | Mapping[str, Amount],
+        scope: str = "local",
+        of: str = "channels",
+        normalize: str = "size",
+        min_channels: int = 1,
+        multiple_of: int = 1,
+        group_size: int = 1,
+    ) -> Plan:
+        """Chooses the channels to prune. No weight is read or changed.
+
+        The constraints hold exactly, and together. What is kept of a layer is always the first of its
+        channels by rank: NaN, then larger norms, then lower indices. Channels pruned before take no part.
+
+        Args:
+            amount: how much to prune: an int, channels or parameters as ``of`` says, or a share, a float in
+                [0, 1], rounded half to even. For ``scope="local"`` also one per parameter, by name.
+            scope: ``"local"``, as :func:`ln_structured` does for each parameter by itself; or ``"global"``,
+                in one ranking of the channels of all parameters.
+            of: what ``amount`` counts, ``"channels"`` or ``"parameters"``, that is elements of weights.
+            normalize: for ``scope="global"``, what the norms of a layer are divided by: ``"size"``, the
+                elements of a slice to the power 1/n (the elements themselves for n = 0), without which, as
+                torch's documentation of ``global_unstructured`` says, norms of slices of different sizes do
+                not compare; ``"layer"``, the mean of the layer's finite norms; or ``"none"``.
+            min_channels: keep at least so many channels of every layer.
+            multiple_of: keep a multiple of so many channels of every layer.
+            group_size: adjacent channels that are ranked as one, by the norm of all their elements, and
+                kept or pruned together: the channels of an attention head, say.
+
+        Returns:
+            a :class:`Plan` whose total is the feasible one nearest to what was asked for; of two that are
+            equally near, the one that keeps more. For ``of="channels"`` every total is feasible that the
+            constraints of the single layers allow. For ``of="parameters"`` channels are still kept in the
+            order of the ranking, so the feasible totals are those of its beginnings. With ``multiple_of``,
+            a ``scope="global"`` ranks blocks of so many channels, each layer's best in its first block, by
+            the sum of their norms. Ties go to the earlier parameter, then the lower index. The plan knows
+            of no pruning that came after the ranking.
+
+        Raises:
+            ValueError: no count of a layer's channels meets the constraints, or its channels make no whole
+                number of groups; ``amount`` is out of range; a word is unknown; a parameter is on the
+                device meta.
+            TypeError: ``amount`` is no number, or a constraint no int.
+
+        Example:
+            >>> import lnprune
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 16))
+            >>> ranking = lnprune.rank(model, n=2, dim="out")
+            >>> plan = ranking.select(0.5, scope="global", min_channels=4, multiple_of=4)
+            >>> kept = [entry.kept for entry in plan.entries]
+            >>> sum(kept), [count % 4 for count in kept]
+            (24, [0, 0])
+        """
+        for word, given, known in (
+            ("scope", scope, ("local", "global")),
+            ("of", of, ("channels", "parameters")),
+            ("normalize", normalize, ("size", "layer", "none")),
+        ):
+            if given not in known:
+                raise ValueError(f"{word}: expected {' or '.join(map(repr, known))}, got {given!r}")
+        for word, number, least in (
+            ("min_channels", min_channels, 0),
+            ("multiple_of", multiple_of, 1),
+            ("group_size", group_size, 1),
+        ):
+            if type(number) is not int:
+                raise TypeError(f"{word}: expected an int, got {number!r}")
+            if number < least:
+                raise ValueError(f"{word}: expected {least} or more, got {number}")
+        options = {
+            "scope": scope,
+            "of": of,
+            "normalize": normalize if scope == "global" else "none",
+            "min_channels": min_channels,
+            "multiple_of": multiple_of,
+            "group_size": group_size,
+        }
+        key = (str(options["normalize"]), group_size, multiple_of, min_channels)
+        arrangement = self._arrangements.get(key)
+        if arrangement is None:
+            arrangement = Arrangement(self._layers, key[0], group_size, multiple_of, min_channels)
+            self._arrangements[key] = arrangement
+        if scope == "local":
+            flags = arrangement.select_local(per_weight(amount, self.names, "amount"), of)
+        elif isinstance(amount, Mapping):
+            raise TypeError("amount: expected one number for scope='global', got one per parameter")
+        else:
+            flags = arrangement.select_global(amount, of)
+        layers = self._layers
+        return Plan(
+            self._weights,
+            [
+                Layer(name, shape, weight.dim, keep)
+                for name, shape, weight, keep in zip(
+                    layers.names,
+                    self._shapes,
+                    self._weights,
+                    flags.split(list(layers.channels)),
+                    strict=True,
+                )
+            ],
+            self.n,
+            {"amount": amount, **options},
+            layers,
+        )
+
+
+def _on_cpu(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """All in one, with one transfer for each device."""
+    if not tensors:
+        return torch.empty(0, dtype=dtype)
+    if len({tensor.device for tensor in tensors}) == 1:
+        return torch.cat(tensors).cpu()
+    places: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(i)
+    found: dict[int, Tensor] = {}
+    for indices in places.values():
+        here = torch.cat([tensors[i] for i in indices]).cpu()
+        found.update(zip(indices, here.split([tensors[i].numel() for i in indices]), strict=True))
+    return torch.cat([found[i] for i in range(len(tensors))])

@@ -1,0 +1,257 @@
+"""The choice of channels from their norms: local or global, under constraints, with exact totals."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import prune as stock
+
+from lnprune import ops
+
+__all__ = ["Arrangement", "Layers", "group_norms"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The channels of all layers, one after another, on the CPU."""
+
+    names: Sequence[str]
+    channels: Sequence[int]
+    sizes: Sequence[int]  # elements of a channel
+    norms: Tensor  # float64
+    alive: Tensor | None  # bool: not pruned before; None: all
+    p: float | None  # the order of the norms; None where it is no real number
+
+
+def group_norms(norms: Tensor, group_size: int, p: float | None) -> Tensor:
+    """The norm of every group of adjacent channels: that of all their elements together."""
+    if group_size == 1 or norms.numel() == 0:
+        return norms
+    if p is None:
+        raise ValueError(f"group_size={group_size} needs a norm of vectors, whose order is a number")
+    # A count of nonzero elements adds up. Every other norm is the norm of the norms.
+    return ops.channel_norms([norms.view(-1, group_size)], [0], 1.0 if p == 0 else p)[0]
+
+
+def _size_factor(elements: int, p: float) -> float:
+    """What the norm of so many ones is; finite and not 0, so that quotients keep the order of norms."""
+    if elements == 0:
+        return 1.0
+    try:
+        factor = float(elements) ** (1.0 if p == 0 else 1 / p)
+    except OverflowError:
+        return sys.float_info.max
+    return max(factor, sys.float_info.min)
+
+
+def kept_of(amount: int | float, total: int, name: str = "") -> int:
+    """How many of ``total`` stay, by torch's reading of an amount."""
+    try:
+        stock._validate_pruning_amount_init(amount)
+        pruned = stock._compute_nparams_toprune(amount, total)
+        stock._validate_pruning_amount(pruned, total)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}" if name else str(error)) from None
+    return int(total - pruned)
+
+
+def _nearest_multiple(wanted: int, step: int, fewest: int, most: int) -> int:
+    """The count of steps nearest to ``wanted``, the larger one where two are equally near."""
+    if step == 0:
+        return most
+    return min(max((2 * wanted + step) // (2 * step), fewest), most)
+
+
+class Arrangement:
+    """All that a selection needs but for its amount.
+
+    Channels are taken in groups of ``group_size`` adjacent ones, and groups in blocks, so that a block
+    has a multiple of ``multiple_of`` channels. Within a layer, groups are ranked by their norms, and the
+    first block holds the first of them: whatever is kept of a layer is a number of its first blocks.
+    """
+
+    def __init__(
+        self, layers: Layers, normalize: str, group_size: int, multiple_of: int, min_channels: int
+    ):
+        self.layers = layers
+        self.normalize = normalize
+        self.group_size = group_size
+        self._known_totals: dict[str, Tensor] = {}
+        self.step = math.lcm(group_size, multiple_of)  # channels of a block
+        for name, channels in zip(layers.names, layers.channels, strict=True):
+            if channels % group_size:
+                raise ValueError(
+                    f"{name}: its {channels} channels are no whole number of groups of "
+                    f"{group_size} (group_size)"
+                )
+        groups = torch.tensor(layers.channels, dtype=torch.int64) // group_size
+        self.groups = groups.tolist()  # of each layer
+        self.layer_of_group = torch.repeat_interleave(torch.arange(len(groups)), groups)
+        self.norms = group_norms(layers.norms, group_size, layers.p)
+        self.scores = self._scores(groups)
+        left = groups
+        if self.alive is not None:
+            left = torch.bincount(self.layer_of_group[self.alive], minlength=len(groups))
+        self.left = (left * group_size).tolist()  # channels of each layer not pruned before
+        self.most = [channels // self.step for channels in self.left]  # blocks
+        fewest = -(-min_channels // self.step)
+        self.fewest = [fewest if channels else 0 for channels in self.left]
+        for name, channels, most in zip(layers.names, self.left, self.most, strict=True):
+            if channels and most < fewest:
+                raise ValueError(
+                    f"{name}: no count of channels up to its {channels} is {min_channels} or more "
+                    f"(min_channels) and a multiple of {self.step} (multiple_of={multiple_of}, "
+                    f"group_size={group_size})"
+                )
+
+    def _scores(self, groups: Tensor) -> Tensor:
+        """What groups are compared by: norms, divided for each layer by what makes layers comparable."""
+        layers, norms = self.layers, self.norms
+        if self.normalize == "none":
+            return norms
+        if self.normalize == "size":
+            if layers.p is None:
+                raise ValueError(
+                    "normalize='size' needs a norm whose order is a number: take 'layer' or 'none'"
+                )
+            factors = [_size_factor(size * self.group_size, layers.p) for size in layers.sizes]
+            return norms / torch.tensor(factors, dtype=torch.float64)[self.layer_of_group]
+        counted = norms.isfinite()
+        if self.alive is not None:
+            counted &= self.alive
+        owners = self.layer_of_group[counted]
+        sums = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, owners, norms[counted])
+        means = sums / torch.bincount(owners, minlength=len(groups))
+        # Layers of zeros stay at zero.
+        return norms / torch.where(means > 0, means, 1.0)[self.layer_of_group]
+
+    @functools.cached_property
+    def alive(self) -> Tensor | None:
+        """Which groups were not pruned before."""
+        if self.layers.alive is None:
+            return None
+        channels = self.layers.alive.view(-1, self.group_size)
+        alive = channels.any(dim=1)
+        for i in (alive != channels.all(dim=1)).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"{self.layers.names[int(self.layer_of_group[i])]}: expected earlier pruning to leave all "
+                f"or none of a group of {self.group_size} channels (group_size), it left "
+                f"{int(channels[i].sum())}"
+            )
+        return alive
+
+    def costs(self, of: str) -> list[int]:
+        """What a channel of each layer counts."""
+        return [1] * len(self.left) if of == "channels" else list(self.layers.sizes)
+
+    def select_local(self, amounts: Sequence[int | float], of: str) -> Tensor:
+        """Bool keep flags of all channels, each layer by its own amount."""
+        rows = zip(
+            *(self.layers.names, amounts, self.left, self.costs(of), self.fewest, self.most), strict=True
+        )
+        return self._channels(
+            self._first_blocks(
+                [
+                    _nearest_multiple(kept_of(amount, left * cost, name), self.step * cost, fewest, most)
+                    for name, amount, left, cost, fewest, most in rows
+                ]
+            )
+        )
+
+    def select_global(self, amount: int | float, of: str) -> Tensor:
+        """Bool keep flags of all channels, the blocks of all layers in one ranking."""
+        totals = self._totals(of)
+        counted = zip(self.left, self.costs(of), strict=True)
+        wanted = kept_of(amount, sum(left * cost for left, cost in counted))
+        # The first total that is not below, or the one before it if that is nearer.
+        length = int(torch.searchsorted(totals, wanted))
+        if length == len(totals) or (
+            length > 0 and wanted - int(totals[length - 1]) < int(totals[length]) - wanted
+        ):
+            length -= 1
+        return self._channels(self._required.clone().index_fill_(0, self._ranking[:length].flatten(), True))
+
+    def _first_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """Bool keep flags of all groups: so many blocks of each layer, the first by rank."""
+        counts = [
+            (left - kept * self.step) // self.group_size
+            for left, kept in zip(self.left, blocks, strict=True)
+        ]
+        indices = [i for i, groups in enumerate(self.groups) if groups]
+        if not indices:
+            return torch.empty(0, dtype=torch.bool)
+        alive = [] if self.alive is None else list(self.alive.double().split(self.groups))
+        norms = self.norms.split(self.groups)
+        flags = ops.select_channels(
+            [norms[i] for i in indices],
+            [alive[i] for i in indices] if alive else [],
+            [counts[i] for i in indices],
+            [0.0] * len(indices),
+        )
+        return torch.cat(flags)
+
+    @functools.cached_property
+    def _required(self) -> Tensor:
+        """Which groups no amount prunes."""
+        return self._first_blocks(self.fewest)
+
+    def _by_rank(self) -> Tensor:
+        """The groups not pruned before: NaN first, then larger scores, then by layer and index."""
+        if self.alive is None:
+            groups = torch.arange(self.scores.numel())
+            order = torch.sort(self.scores, descending=True, stable=True).indices
+        else:
+            groups = self.alive.nonzero().flatten()
+            order = groups[torch.sort(self.scores[groups], descending=True, stable=True).indices]
+        if self.normalize == "none":
+            return order
+        scores, norms, layers = (of[order] for of in (self.scores, self.norms, self.layer_of_group))
+        ties = (scores[1:] == scores[:-1]) & (layers[1:] == layers[:-1])
+        if (ties & (norms[1:] > norms[:-1])).any():
+            # The division made different norms of a layer equal: its larger ones go first all the same.
+            groups = groups[torch.sort(self.norms[groups], descending=True, stable=True).indices]
+            groups = groups[torch.sort(self.layer_of_group[groups], stable=True).indices]
+            order = groups[torch.sort(self.scores[groups], descending=True, stable=True).indices]
+        return order
+
+    @functools.cached_property
+    def _ranking(self) -> Tensor:
+        """The blocks that may be pruned, by rank, as rows of their groups."""
+        scores = self.scores
+        order = self._by_rank()
+        if self.step == self.group_size:
+            return order[~self._required[order]].view(-1, 1)
+        # By layer, and within a layer by rank: a block is the groups of so many ranks.
+        per_block = self.step // self.group_size
+        layers = self.layer_of_group[order]
+        arranged = order[torch.sort(layers, stable=True).indices]
+        layers = self.layer_of_group[arranged]
+        left = torch.tensor(self.left) // self.group_size
+        position = torch.arange(arranged.numel()) - (left.cumsum(0) - left)[layers]
+        first = (torch.tensor(self.fewest) * per_block)[layers]
+        last = (torch.tensor(self.most) * per_block)[layers]
+        blocks = arranged[(position >= first) & (position < last)].view(-1, per_block)
+        # One group after another, so that equal blocks have equal sums.
+        sums = functools.reduce(torch.add, scores[blocks.t()].unbind())
+        return blocks[torch.sort(sums, descending=True, stable=True).indices]
+
+    def _totals(self, of: str) -> Tensor:
+        """What is kept in all when the first 0, 1, 2, ... blocks of the ranking stay."""
+        if of not in self._known_totals:
+            costs = self.costs(of)
+            required = sum(
+                fewest * self.step * cost for fewest, cost in zip(self.fewest, costs, strict=True)
+            )
+            steps = torch.tensor(costs, dtype=torch.int64)[self.layer_of_group[self._ranking[:, 0]]]
+            totals = torch.cat([torch.tensor([required]), steps * self.step])
+            self._known_totals[of] = totals.cumsum(0)
+        return self._known_totals[of]
+
+    def _channels(self, groups: Tensor) -> Tensor:
+        return groups if self.group_size == 1 else groups.repeat_interleave(self.group_size)
