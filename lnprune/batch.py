@@ -188,8 +188,8 @@ def _may_overlap(tensor: Tensor) -> bool:
 
 
 def takes_zeros(tensor: Tensor) -> bool:
-    """Whether native code writes zeros into a writable tensor: it has no gaps."""
-    return ops.is_native(tensor) and (
+    """Whether native code writes zeros into a native tensor in place: it has neither gaps nor overlaps."""
+    return not tensor.is_inference() and (
         tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
     )
 
@@ -209,7 +209,7 @@ def zero(
     native: dict[torch.device, list[int]] = {}
     others: list[tuple[int, Tensor]] = []
     for i, tensor in enumerate(tensors):
-        fast = takes_zeros(tensor)
+        fast = ops.is_native(tensor) and takes_zeros(tensor)
         if fast:
             native.setdefault(tensor.device, []).append(i)
         if keep_backup or not fast:

@@ -115,9 +115,7 @@ def _is_bare(weight: Weight) -> bool:
 
 def _fits(weight: Weight, tensor: Tensor, score: Tensor) -> bool:
     """Whether zeros can be written by the native code that ranks."""
-    return (
-        _is_bare(weight) and is_writable(tensor) and ops.are_native(score, tensor) and takes_zeros(tensor)
-    )
+    return _is_bare(weight) and ops.are_native(score, tensor) and takes_zeros(tensor)
 
 
 def _named(name: str, function: Any, *arguments: Any) -> Any:
@@ -154,7 +152,7 @@ def _install(
                     Pruning,
                     module,
                     attribute,
-                    lambda i=i: LnStructured(amounts[i], n, weights[i].dim),
+                    lambda i=i: LnStructured(amounts[i], n, weights[i].given_dim),
                     given,
                 )
             )

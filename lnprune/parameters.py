@@ -35,15 +35,17 @@ _TYPES = tuple(kind for kinds, _, _ in _DIMS for kind in kinds)
 class Weight:
     """One weight of a model: the modules where it is registered, and the dim of its channels.
 
-    ``names`` and ``places`` have an entry for each module that shares the weight.
+    ``names`` and ``places`` have an entry for each module that shares the weight. ``given_dim`` can count
+    from the last dim.
     """
 
-    __slots__ = ("dim", "names", "places")
+    __slots__ = ("dim", "given_dim", "names", "places")
 
-    def __init__(self, name: str, place: tuple[nn.Module, str], dim: int):
+    def __init__(self, name: str, place: tuple[nn.Module, str], dim: int, given_dim: int):
         self.names = [name]
         self.places = [place]
         self.dim = dim
+        self.given_dim = given_dim
 
     @property
     def name(self) -> str:
@@ -237,7 +239,7 @@ def collect(
         along = _as_number(given, module, name)
         if not -dims <= along < dims:
             raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
-        along %= dims
+        given_dim, along = along, along % dims
         identity: Any = id(tensor)
         if attribute not in module._parameters:  # its masked weight is its own, its original may be shared
             identity = (
@@ -246,7 +248,7 @@ def collect(
             )
         shared = by_identity.get(identity)
         if shared is None:
-            weight = by_identity[identity] = Weight(name, (module, attribute), along)
+            weight = by_identity[identity] = Weight(name, (module, attribute), along, given_dim)
             weights.append(weight)
             tensors.append(tensor)
         elif shared.dim == along:

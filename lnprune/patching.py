@@ -69,9 +69,9 @@ def patch(permanently: bool = False) -> contextlib.AbstractContextManager[None]:
     """Makes ``torch.nn.utils.prune.ln_structured`` and ``LnStructured`` lnprune's.
 
     For the whole process, all its threads: ``with lnprune.patch(): ...`` for the block, or
-    ``lnprune.patch(permanently=True)`` once. Names that were imported from torch's module before,
-    as by ``from torch.nn.utils.prune import ln_structured``, stay torch's. Models that are pickled inside
-    load without lnprune.
+    ``lnprune.patch(permanently=True)`` once. Torch's ``ln_structured`` looks for the class in its module,
+    so where it was imported before it is native too; a class imported before stays torch's. Models that are
+    pickled inside load without lnprune.
 
     Args:
         permanently: patch now and for good, with no block.

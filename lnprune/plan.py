@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,7 @@ class PlanEntry:
     parameters_removed: int
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One parameter of a plan and its bool keep flags, on the CPU."""
 
     name: str
@@ -213,7 +212,8 @@ class Plan:
                 modules that share a weight share its mask.
             bias: prune the biases of pruned output channels too, by the same means; the hook of a bias is
                 torch's ``CustomFromMask``.
-            keep_backup: with ``permanent``, keep the values that are overwritten, for :meth:`undo`.
+            keep_backup: with ``permanent``, keep the values that are overwritten, for :meth:`undo`. Without
+                them, an interrupt between the first write and the last leaves zeros behind.
 
         Returns:
             the plan itself.
@@ -537,7 +537,7 @@ def _weights_named(
                 raise ValueError(
                     f"{name}: the plan is for shape {entry.shape}, {owner} has {tuple(tensor.shape)}"
                 )
-        weight = Weight(group[0], places[group[0]], entry.dim)
+        weight = Weight(group[0], places[group[0]], entry.dim, entry.dim)
         weight.names, weight.places = group, [places[name] for name in group]
         weights.append(weight)
     return weights

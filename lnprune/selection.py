@@ -52,6 +52,8 @@ def _size_factor(elements: int, p: float) -> float:
 
 def kept_of(amount: int | float, total: int, name: str = "") -> int:
     """How many of ``total`` stay, by torch's reading of an amount."""
+    if type(amount) is float and 0 <= amount <= 1:
+        return total - round(amount * total)
     try:
         stock._validate_pruning_amount_init(amount)
         pruned = stock._compute_nparams_toprune(amount, total)

@@ -196,12 +196,11 @@ def test_dims_of_each(device):
         assert_equals_loop(make, {"amount": 0.5, "n": 2, "dim": dim})
 
 
-def test_a_negative_dim_is_counted_from_the_front(device):
-    """The one thing that a loop leaves otherwise: its hooks hold the dim as it was given."""
+def test_hooks_hold_a_negative_dim_as_it_was_given(device):
     actual, expected = twins(lambda: small(device))
     for amount in (0.5, 1):
         call(actual, amount, 2, -1)
-        loop(expected, amount, 2, 1)
+        loop(expected, amount, 2, -1)
     assert_same_state(actual, expected)
 
 

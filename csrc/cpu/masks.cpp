@@ -63,10 +63,11 @@ struct ColumnPart {
 };
 
 // Shares the tasks of all items among threads: on_columns(item, ColumnPart) where channels are
-// columns, on_run(item, element, length, kept) for each piece of a run.
-template <class Item, class OnColumns, class OnRun>
+// columns, on_run(item, element, length, kept) for each piece of a run, and at_end() when a thread
+// has done its share.
+template <class Item, class OnColumns, class OnRun, class AtEnd>
 void visit(const Item* items, size_t count, int64_t elements_per_task, ParallelFor parallel_for,
-           OnColumns on_columns, OnRun on_run) {
+           OnColumns on_columns, OnRun on_run, AtEnd at_end) {
   std::vector<Cutting> cuttings(count);
   int64_t tasks = 0;
   int64_t elements = 0;
@@ -100,6 +101,7 @@ void visit(const Item* items, size_t count, int64_t elements_per_task, ParallelF
         element += length;
       }
     }
+    at_end();
   };
   using RunTasks = decltype(run_tasks);
   const auto body = [](void* context, int64_t begin, int64_t end) {
@@ -125,6 +127,13 @@ WritePart part_at(const WriteItem& item, int64_t element) {
 // read.
 constexpr int64_t kUncachedBytes = int64_t{16} << 20;
 
+// So that other threads see the stores past the caches no later than what follows them.
+void finish_uncached_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 void zero_run(char* bytes, int64_t count, bool uncached) {
 #if defined(__SSE2__)
   if (uncached) {
@@ -137,8 +146,6 @@ void zero_run(char* bytes, int64_t count, bool uncached) {
     for (int64_t i = 0; i < vectors; ++i) _mm_stream_si128(aligned + i, _mm_setzero_si128());
     const int64_t written = head + vectors * kVector;
     std::memset(bytes + written, 0, count - written);
-    // So that other threads see these stores no later than what follows them.
-    _mm_sfence();
     return;
   }
 #endif
@@ -192,10 +199,16 @@ void write(const WriteItem* items, size_t count, ParallelFor parallel_for) {
       },
       [](const WriteItem& item, int64_t element, int64_t length, bool kept) {
         instructions().write_run[static_cast<int>(item.type)](part_at(item, element), length, kept);
-      });
+      },
+      [] {});
 }
 
 void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for) {
+  int64_t bytes_in_all = 0;
+  for (size_t i = 0; i < count; ++i) {
+    bytes_in_all += items[i].slices.elements() * element_bytes(items[i].type);
+  }
+  const bool uncached = bytes_in_all >= kUncachedBytes;
   visit(
       items, count, kZeroTaskElements, parallel_for,
       [](const ZeroItem& item, const ColumnPart& part) {
@@ -211,13 +224,13 @@ void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for) {
             return zero_columns(static_cast<uint8_t*>(item.elements) + part.element, part, inner);
         }
       },
-      [](const ZeroItem& item, int64_t element, int64_t length, bool kept) {
+      [uncached](const ZeroItem& item, int64_t element, int64_t length, bool kept) {
         const int64_t bytes = element_bytes(item.type);
         if (!kept) {
-          zero_run(static_cast<char*>(item.elements) + element * bytes, length * bytes,
-                   item.slices.elements() * bytes >= kUncachedBytes);
+          zero_run(static_cast<char*>(item.elements) + element * bytes, length * bytes, uncached);
         }
-      });
+      },
+      finish_uncached_stores);
 }
 
 void advise_huge_pages(void* block, size_t bytes) {
