@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import numbers
 import os
-import pathlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from types import NoneType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import CustomFromMask, LnStructured
 
-from lnprune import report
+from lnprune import plan_file, report
 from lnprune.batch import Transaction, Values, bake, finish_all, flag_masks, is_writable, zero
 from lnprune.parameters import Parameters, Weight, current_tensor, listed, output_dim
+from lnprune.plan_file import PlanEntry
 from lnprune.registration import ParameterState, Pruning
 from lnprune.selection import group_norms
 
@@ -27,29 +23,6 @@ if TYPE_CHECKING:
     from lnprune.selection import Layers
 
 __all__ = ["Plan", "PlanEntry", "load_plan"]
-
-_FORMAT = "lnprune plan"
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """What a plan does to one parameter.
-
-    ``kept`` and ``channels`` are channels; channels pruned before the plan are not among the kept ones.
-    ``norm_at_cut`` is the norm of the last channel (or group) that is kept, None if none is;
-    ``margin`` is how much it is larger than that of the first one that is pruned, None if none is.
-    ``parameters_removed`` are elements of the weight that the plan prunes, of those left so far.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dim: int
-    channels: int
-    kept: int
-    norm_at_cut: float | None
-    margin: float | None
-    parameters_removed: int
 
 
 class Layer(NamedTuple):
@@ -175,32 +148,13 @@ class Plan:
         ``pruned`` are the indices of all channels that are not kept, those pruned before among them;
         ``shared_with`` are the weight's other names.
         """
-        parameters = []
-        for weight, layer, entry in zip(self._weights, self._layers, self.entries, strict=True):
-            values = asdict(entry)
-            values["shared_with"] = weight.names[1:]
-            values["shape"] = list(entry.shape)
-            for key in ("norm_at_cut", "margin"):
-                values[key] = _plain(values[key])
-            values["pruned"] = (~layer.keep).nonzero().flatten().tolist()
-            parameters.append(values)
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "n": _plain(self.n),
-            "selection": _plain(self.selection),
-            "parameters": parameters,
-        }
+        names = [weight.names for weight in self._weights]
+        pruned = [(~layer.keep).nonzero().flatten().tolist() for layer in self._layers]
+        return plan_file.document(self.n, self.selection, self.entries, names, pruned)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, to be read by :func:`load_plan`. Weights and norms are not in it."""
-        head = self.to_dict()
-        parameters = head.pop("parameters")
-        # A line for each parameter: lists of channels are long.
-        lines = ",\n  ".join(json.dumps(values, allow_nan=False) for values in parameters)
-        start = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
-        text = f'{start},\n "parameters": [\n  {lines}\n ]\n}}\n'
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        plan_file.write(path, self.to_dict())
 
     def apply(self, permanent: bool = False, bias: bool = False, keep_backup: bool = False) -> Plan:
         """Prunes, all parameters or, where one raises, none.
@@ -391,17 +345,6 @@ def _bias_flags(name: str, module: nn.Module, keep: Tensor, dim: int) -> Tensor 
     return keep.repeat(groups) if groups > 1 else keep
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has words for: a number that is not finite as a string, other objects as their number."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if math.isfinite(value) else str(float(value))
-
-
 def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
     """Reads a plan that :meth:`Plan.save` wrote, for a model with the same parameters.
 
@@ -425,83 +368,14 @@ def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
         >>> lnprune.load_plan(path, model).apply()
         Plan(1 parameters, 2 of 4 channels kept)
     """
-    try:
-        saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a plan as JSON: {error}") from None
-    if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
-        raise ValueError(f"{path}: expected JSON of the format {_FORMAT!r}")
-    if saved.get("version") != _VERSION:
-        raise ValueError(f"{path}: expected version {_VERSION} of a plan, got {saved.get('version')!r}")
-    try:
-        entries, names = _entries_of(saved)
-        n, selection = _typed(saved, "n", str, int, float, bool, NoneType), _typed(saved, "selection", dict)
-        for key in ("amount", "group_size"):
-            selection[key]
-    except (KeyError, TypeError, ValueError) as error:
-        trouble = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: the plan is damaged: {trouble}") from error
-    if n in ("inf", "-inf"):
-        n = float(n)
+    saved = plan_file.read(path)
+    weights = _weights_named(parameters, saved.entries, saved.names)
     layers = []
-    weights = _weights_named(parameters, entries, names)
-    for entry, values in zip(entries, saved["parameters"], strict=True):
+    for entry, pruned in zip(saved.entries, saved.pruned, strict=True):
         keep = torch.ones(entry.channels, dtype=torch.bool)
-        keep[torch.tensor(values["pruned"], dtype=torch.int64)] = False
+        keep[torch.tensor(pruned, dtype=torch.int64)] = False
         layers.append(Layer(entry.name, entry.shape, entry.dim, keep))
-    return Plan(weights, layers, n, selection, None, entries)
-
-
-def _typed(values: Any, key: str, *kinds: type) -> Any:
-    """The value of a key, which is of one of these types."""
-    value = values[key]
-    if type(value) not in kinds:
-        raise TypeError(f"{key}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
-    return value
-
-
-def _list_of(values: Any, key: str, kind: type) -> list[Any]:
-    found: list[Any] = _typed(values, key, list)
-    for value in found:
-        if type(value) is not kind:
-            raise TypeError(f"{key}: expected a list of {kind.__name__}, got {value!r} in it")
-    return found
-
-
-def _number(values: Any, key: str) -> float | None:
-    value = _typed(values, key, float, int, str, NoneType)
-    return None if value is None else float(value)
-
-
-def _entries_of(saved: dict[str, Any]) -> tuple[list[PlanEntry], list[list[str]]]:
-    """The entries of a plan that was read, and the names of each parameter."""
-    entries, names = [], []
-    for values in _typed(saved, "parameters", list):
-        entry = PlanEntry(
-            _typed(values, "name", str),
-            tuple(_list_of(values, "shape", int)),
-            _typed(values, "dim", int),
-            _typed(values, "channels", int),
-            _typed(values, "kept", int),
-            _number(values, "norm_at_cut"),
-            _number(values, "margin"),
-            _typed(values, "parameters_removed", int),
-        )
-        entries.append(entry)
-        names.append([entry.name, *_list_of(values, "shared_with", str)])
-        shape, channels, pruned = entry.shape, entry.channels, _list_of(values, "pruned", int)
-        if not 0 <= entry.dim < len(shape) or shape[entry.dim] != channels:
-            raise ValueError(f"{entry.name}: {channels} channels are not those of {shape}, dim {entry.dim}")
-        if not all(0 <= i < channels for i in pruned):
-            raise ValueError(f"{entry.name}: indices of pruned channels beyond its {channels}")
-        if len(set(pruned)) != channels - entry.kept or len(set(pruned)) != len(pruned):
-            raise ValueError(
-                f"{entry.name}: {len(pruned)} pruned channels of {channels} do not leave {entry.kept}"
-            )
-    known = [name for group in names for name in group]
-    if len(set(known)) != len(known):
-        raise ValueError(f"{next(name for name in known if known.count(name) > 1)}: is there twice")
-    return entries, names
+    return Plan(weights, layers, saved.n, saved.selection, None, saved.entries)
 
 
 def _weights_named(

@@ -70,6 +70,24 @@ def _nearest_multiple(wanted: int, step: int, fewest: int, most: int) -> int:
     return min(max((2 * wanted + step) // (2 * step), fewest), most)
 
 
+def _at(tensor: Tensor, indices: Tensor) -> Tensor:
+    """``tensor[indices]``, without the threads that indexing starts for a few thousand of them."""
+    return tensor.index_select(0, indices)
+
+
+def _owners(counts: Tensor) -> Tensor:
+    """0 as often as the first count says, then 1, ...: repeat_interleave, without its threads."""
+    total = int(counts.sum())
+    begins = counts.cumsum(0)[:-1]  # of all but the first; several in one place where counts are 0
+    begins = begins.masked_select(begins < total)
+    return torch.zeros(total, dtype=torch.int64).index_add_(0, begins, torch.ones_like(begins)).cumsum(0)
+
+
+def _sorted(indices: Tensor, keys: Tensor, descending: bool = True) -> Tensor:
+    """The indices in the order of their keys; of equal keys, those that come first stay first."""
+    return _at(indices, torch.sort(_at(keys, indices), descending=descending, stable=True).indices)
+
+
 class Arrangement:
     """All that a selection needs but for its amount.
 
@@ -94,7 +112,7 @@ class Arrangement:
                 )
         groups = torch.tensor(layers.channels, dtype=torch.int64) // group_size
         self.groups = groups.tolist()  # of each layer
-        self.layer_of_group = torch.repeat_interleave(torch.arange(len(groups)), groups)
+        self.layer_of_group = _owners(groups)
         self.norms = group_norms(layers.norms, group_size, layers.p)
         self.scores = self._scores(groups)
         left = groups
@@ -123,15 +141,16 @@ class Arrangement:
                     "normalize='size' needs a norm whose order is a number: take 'layer' or 'none'"
                 )
             factors = [_size_factor(size * self.group_size, layers.p) for size in layers.sizes]
-            return norms / torch.tensor(factors, dtype=torch.float64)[self.layer_of_group]
+            return norms / _at(torch.tensor(factors, dtype=torch.float64), self.layer_of_group)
         counted = norms.isfinite()
         if self.alive is not None:
             counted &= self.alive
-        owners = self.layer_of_group[counted]
-        sums = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, owners, norms[counted])
+        indices = counted.nonzero().flatten()
+        owners = _at(self.layer_of_group, indices)
+        sums = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, owners, _at(norms, indices))
         means = sums / torch.bincount(owners, minlength=len(groups))
         # Layers of zeros stay at zero.
-        return norms / torch.where(means > 0, means, 1.0)[self.layer_of_group]
+        return norms / _at(torch.where(means > 0, means, 1.0), self.layer_of_group)
 
     @functools.cached_property
     def alive(self) -> Tensor | None:
@@ -210,16 +229,16 @@ class Arrangement:
             order = torch.sort(self.scores, descending=True, stable=True).indices
         else:
             groups = self.alive.nonzero().flatten()
-            order = groups[torch.sort(self.scores[groups], descending=True, stable=True).indices]
+            order = _sorted(groups, self.scores)
         if self.normalize == "none":
             return order
-        scores, norms, layers = (of[order] for of in (self.scores, self.norms, self.layer_of_group))
+        scores, norms, layers = (_at(of, order) for of in (self.scores, self.norms, self.layer_of_group))
         ties = (scores[1:] == scores[:-1]) & (layers[1:] == layers[:-1])
         if (ties & (norms[1:] > norms[:-1])).any():
             # The division made different norms of a layer equal: its larger ones go first all the same.
-            groups = groups[torch.sort(self.norms[groups], descending=True, stable=True).indices]
-            groups = groups[torch.sort(self.layer_of_group[groups], stable=True).indices]
-            order = groups[torch.sort(self.scores[groups], descending=True, stable=True).indices]
+            groups = _sorted(groups, self.norms)
+            groups = _sorted(groups, self.layer_of_group, descending=False)
+            order = _sorted(groups, self.scores)
         return order
 
     @functools.cached_property
@@ -228,20 +247,21 @@ class Arrangement:
         scores = self.scores
         order = self._by_rank()
         if self.step == self.group_size:
-            return order[~self._required[order]].view(-1, 1)
+            optional = ~_at(self._required, order)
+            return _at(order, optional.nonzero().flatten()).view(-1, 1)
         # By layer, and within a layer by rank: a block is the groups of so many ranks.
         per_block = self.step // self.group_size
-        layers = self.layer_of_group[order]
-        arranged = order[torch.sort(layers, stable=True).indices]
-        layers = self.layer_of_group[arranged]
+        arranged = _sorted(order, self.layer_of_group, descending=False)
+        layers = _at(self.layer_of_group, arranged)
         left = torch.tensor(self.left) // self.group_size
-        position = torch.arange(arranged.numel()) - (left.cumsum(0) - left)[layers]
-        first = (torch.tensor(self.fewest) * per_block)[layers]
-        last = (torch.tensor(self.most) * per_block)[layers]
-        blocks = arranged[(position >= first) & (position < last)].view(-1, per_block)
+        position = torch.arange(arranged.numel()) - _at(left.cumsum(0) - left, layers)
+        first = _at(torch.tensor(self.fewest) * per_block, layers)
+        last = _at(torch.tensor(self.most) * per_block, layers)
+        inside = (position >= first) & (position < last)
+        blocks = _at(arranged, inside.nonzero().flatten()).view(-1, per_block)
         # One group after another, so that equal blocks have equal sums.
-        sums = functools.reduce(torch.add, scores[blocks.t()].unbind())
-        return blocks[torch.sort(sums, descending=True, stable=True).indices]
+        sums = functools.reduce(torch.add, (_at(scores, groups) for groups in blocks.unbind(1)))
+        return _at(blocks, torch.sort(sums, descending=True, stable=True).indices)
 
     def _totals(self, of: str) -> Tensor:
         """What is kept in all when the first 0, 1, 2, ... blocks of the ranking stay."""
@@ -250,10 +270,11 @@ class Arrangement:
             required = sum(
                 fewest * self.step * cost for fewest, cost in zip(self.fewest, costs, strict=True)
             )
-            steps = torch.tensor(costs, dtype=torch.int64)[self.layer_of_group[self._ranking[:, 0]]]
+            layers = _at(self.layer_of_group, self._ranking[:, 0])
+            steps = _at(torch.tensor(costs, dtype=torch.int64), layers)
             totals = torch.cat([torch.tensor([required]), steps * self.step])
             self._known_totals[of] = totals.cumsum(0)
         return self._known_totals[of]
 
     def _channels(self, groups: Tensor) -> Tensor:
-        return groups if self.group_size == 1 else groups.repeat_interleave(self.group_size)
+        return groups.view(-1, 1).expand(-1, self.group_size).reshape(-1)

@@ -68,8 +68,8 @@ void select_one(const SelectItem& item) {
 void select(const SelectItem* items, size_t count, ParallelFor parallel_for) {
   int64_t channels = 0;
   for (size_t i = 0; i < count; ++i) channels += items[i].channels;
-  // A few thousand channels take less time than to wake a thread.
-  const int64_t grain = channels < 16384 ? static_cast<int64_t>(count) : 1;
+  // Some thousand channels take less time than a thread may take to wake on a busy machine.
+  const int64_t grain = channels < 32768 ? static_cast<int64_t>(count) : 1;
   auto body = [](void* context, int64_t begin, int64_t end) {
     const SelectItem* all = static_cast<const SelectItem*>(context);
     for (int64_t i = begin; i < end; ++i) select_one(all[i]);
