@@ -53,7 +53,8 @@ class Plan:
     def __init__(
         self,
         weights: list[Weight],
-        layers: list[Layer],
+        shapes: list[tuple[int, ...]],
+        flags: Tensor,  # of the channels of all parameters, one after another
         n: Any,
         selection: dict[str, Any],
         measured: Layers | None,
@@ -62,12 +63,22 @@ class Plan:
         self.n = n
         self.selection = selection
         self._weights = weights
-        self._layers = layers
+        self._shapes = shapes
+        self._flags = flags
         self._measured = measured
         if entries is not None:
             self.entries = entries
         self._applied: _Applied | None = None
         self._permanent_without_backup = False
+
+    @functools.cached_property
+    def _layers(self) -> list[Layer]:
+        rows = list(zip(self._weights, self._shapes, strict=True))
+        parts = self._flags.split([shape[weight.dim] for weight, shape in rows])
+        return [
+            Layer(weight.name, shape, weight.dim, keep)
+            for (weight, shape), keep in zip(rows, parts, strict=True)
+        ]
 
     @functools.cached_property
     def entries(self) -> list[PlanEntry]:
@@ -114,11 +125,10 @@ class Plan:
         return {layer.name: layer.keep for layer in self._layers}
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._weights)
 
     def __repr__(self) -> str:
-        kept = sum(int(layer.keep.sum()) for layer in self._layers)
-        channels = sum(layer.keep.numel() for layer in self._layers)
+        kept, channels = int(self._flags.sum()), self._flags.numel()
         return f"Plan({len(self)} parameters, {kept} of {channels} channels kept)"
 
     def __str__(self) -> str:
@@ -370,12 +380,12 @@ def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
     """
     saved = plan_file.read(path)
     weights = _weights_named(parameters, saved.entries, saved.names)
-    layers = []
-    for entry, pruned in zip(saved.entries, saved.pruned, strict=True):
-        keep = torch.ones(entry.channels, dtype=torch.bool)
-        keep[torch.tensor(pruned, dtype=torch.int64)] = False
-        layers.append(Layer(entry.name, entry.shape, entry.dim, keep))
-    return Plan(weights, layers, saved.n, saved.selection, None, saved.entries)
+    keep = [torch.ones(entry.channels, dtype=torch.bool) for entry in saved.entries]
+    for flags, pruned in zip(keep, saved.pruned, strict=True):
+        flags[torch.tensor(pruned, dtype=torch.int64)] = False
+    flags = torch.cat([torch.empty(0, dtype=torch.bool), *keep])
+    shapes = [entry.shape for entry in saved.entries]
+    return Plan(weights, shapes, flags, saved.n, saved.selection, None, saved.entries)
 
 
 def _weights_named(

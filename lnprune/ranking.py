@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lnprune import ops, reference
 from lnprune.parameters import Parameters, Patterns, Weight, collect, per_weight
-from lnprune.plan import Layer, Plan
+from lnprune.plan import Plan
 from lnprune.prune import Amount, Order, native_order
 from lnprune.selection import Arrangement, Layers
 
@@ -295,23 +295,7 @@ class Ranking:
             raise TypeError("amount: expected one number for scope='global', got one per parameter")
         else:
             flags = arrangement.select_global(amount, of)
-        layers = self._layers
-        return Plan(
-            self._weights,
-            [
-                Layer(name, shape, weight.dim, keep)
-                for name, shape, weight, keep in zip(
-                    layers.names,
-                    self._shapes,
-                    self._weights,
-                    flags.split(list(layers.channels)),
-                    strict=True,
-                )
-            ],
-            self.n,
-            {"amount": amount, **options},
-            layers,
-        )
+        return Plan(self._weights, self._shapes, flags, self.n, {"amount": amount, **options}, self._layers)
 
 
 def _on_cpu(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
