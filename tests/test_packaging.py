@@ -174,6 +174,9 @@ def test_cuda_tensors_without_the_cuda_library_are_said_once_to_take_plain_torch
         def numel(self):
             return 1
 
+        def is_neg(self):
+            return False
+
     monkeypatch.setattr(lnprune.ops, "_PLAIN_TYPES", (OnCuda,))
     monkeypatch.setattr(lnprune.ops, "_HAS_CUDA", False)
     lnprune.ops._warn_of_plain_torch.cache_clear()
