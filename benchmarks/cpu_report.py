@@ -116,9 +116,7 @@ def markdown(machine: dict[str, Any], sections: dict[str, list[Row]], seconds: f
         "",
         report.provenance(machine, seconds),
         "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used, "
-        f"{machine['memory_gib']} GiB, {machine['system']}; Python {machine['python']}, torch "
-        f"{machine['torch']}, lnprune {machine['lnprune']} (native library: {report.build_of(machine)}).",
+        report.cpu_of(machine),
         "",
         f"Each of the {checked} cases was checked before it was timed; {len(report.faults(sections))} "
         "failed. Times are medians, ratios are medians of the ratios within one round of interleaved runs.",

@@ -77,6 +77,15 @@ def build_of(machine: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in machine["build"].items())
 
 
+def cpu_of(machine: dict[str, Any]) -> str:
+    """The processor, the system and the versions, as a sentence."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used, "
+        f"{machine['memory_gib']} GiB, {machine['system']}; Python {machine['python']}, torch "
+        f"{machine['torch']}, lnprune {machine['lnprune']} (native library: {build_of(machine)})."
+    )
+
+
 class Verdict(NamedTuple):
     target: str
     wanted: str

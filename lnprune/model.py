@@ -79,7 +79,8 @@ def local_structured(
                 _named(weights[i].name, channel_mask, scores[i], amounts[i], n, weights[i].dim)
                 for i in singly
             ]
-            masked = [i for i in masked if i not in set(singly)]
+            taken = set(singly)
+            masked = [i for i in masked if i not in taken]
         prunings = _install(transaction, masked, weights, tensors, scores, amounts, n)
         if not permanent:
             return

@@ -130,8 +130,8 @@ def _patterns(given: Patterns, what: str) -> list[Pattern]:
 
 def _in_model(
     model: nn.Module,
-    include: Pattern | Iterable[Pattern] | None,
-    exclude: Pattern | Iterable[Pattern] | None,
+    include: Patterns,
+    exclude: Patterns,
 ) -> list[tuple[str, nn.Module, str]]:
     included, excluded = _patterns(include, "include"), _patterns(exclude, "exclude")
     types = _TYPES + tuple(pattern for pattern in included if isinstance(pattern, type))

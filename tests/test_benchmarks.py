@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cpu_report, cuda, cuda_report, report
+from benchmarks import cpu_report, cuda, cuda_report, models, report
 from benchmarks.shapes import DTYPES, FURTHER_LAYOUTS, Case
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -167,3 +167,15 @@ def test_without_a_gpu_nothing_is_written(tmp_path):
     assert finished.returncode == 2
     assert "no CUDA device" in finished.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_of_whole_models_says_what_its_figures_say():
+    folder = ROOT / "benchmarks" / "results"
+    saved = json.loads((folder / "models.json").read_text())
+    sections = {name: saved[name] for name in models.CHAPTERS}
+    text = models.markdown(saved["environment"], sections, saved["seconds"])
+    assert text == (folder / "models.md").read_text()
+    assert [verdict._asdict() for verdict in models.verdicts(sections)] == saved["targets"]
+    sections["lists"][0] |= {"speedup": 0.5, "correct": False, "fault": "on purpose"}
+    assert not models.verdicts(sections)[0].met
+    assert "1 failed" in models.markdown(saved["environment"], sections, saved["seconds"])
