@@ -505,6 +505,7 @@ def judge(sender: Any, patched: pathlib.Path, checks: list[Callable[[Any], None]
         return
     sender.send(BUILT)
     torch.manual_seed(seed)
+    emulated_cuda.manual_seed(seed)
     native = in_every_order(module)
     try:
         for check in checks:
