@@ -201,6 +201,20 @@ def in_pairs(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(tuple(axes), parameters)
 
 
+def in_turn(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Runs a test over two axes.
+
+    In the short run each value of the first meets one of the second, which take turns; the rest is slow.
+    """
+    first, second = (list(values) for values in axes.values())
+    parameters = []
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            marks = [] if i % len(second) == j else pytest.mark.slow
+            parameters.append(pytest.param(a, b, id=f"{a}-{b}", marks=marks))
+    return pytest.mark.parametrize(tuple(axes), parameters)
+
+
 def pairs(*sizes: int) -> set[tuple[int, int, int]]:
     """Rows of three numbers below these sizes: any two of two columns stand in one of the rows."""
     # The two longest columns in full, the shortest in turn.

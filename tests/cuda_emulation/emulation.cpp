@@ -6,7 +6,6 @@
 #include <memory>
 #include <numeric>
 #include <random>
-#include <set>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -58,9 +57,9 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::map<std::tuple<std::string_view, int, size_t>, std::vector<uint64_t>> shared;
   std::vector<std::vector<uint64_t>> exchanged;  // per warp, the values of its last exchange
-  // Per kind of access, warp and number: the 32-byte sectors touched.
-  std::map<std::tuple<int, unsigned, int>, std::set<uint64_t>> sectors;
-  std::set<uint64_t> cached;
+  // Per kind of access, warp and number: the 32-byte sectors touched, some more than once.
+  std::map<std::tuple<int, unsigned, int>, std::vector<uint64_t>> sectors;
+  std::vector<uint64_t> cached;
 };
 
 Context scheduler;
@@ -153,14 +152,19 @@ void start(Block& block, unsigned index, int threads) {
   }
 }
 
+int64_t distinct(std::vector<uint64_t>& numbers) {
+  std::sort(numbers.begin(), numbers.end());
+  return std::unique(numbers.begin(), numbers.end()) - numbers.begin();
+}
+
 void finish(Block& block) {
   block.running = false;
-  for (const auto& [key, sectors] : block.sectors) {
+  for (auto& [key, sectors] : block.sectors) {
     (std::get<0>(key) == static_cast<int>(Access::read) ? totals.sectors_read
                                                         : totals.sectors_written) +=
-        static_cast<int64_t>(sectors.size());
+        distinct(sectors);
   }
-  totals.cached_sectors += static_cast<int64_t>(block.cached.size());
+  totals.cached_sectors += distinct(block.cached);
   block.sectors.clear();
   block.cached.clear();
 }
@@ -295,14 +299,14 @@ void record(Access access, const void* address, size_t bytes) {
   const uint64_t first = reinterpret_cast<uintptr_t>(address) / 32;
   const uint64_t last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / 32;
   if (access == Access::cached) {
-    for (uint64_t sector = first; sector <= last; ++sector) block.cached.insert(sector);
+    for (uint64_t sector = first; sector <= last; ++sector) block.cached.push_back(sector);
     return;
   }
   (access == Access::read ? totals.bytes_read : totals.bytes_written) +=
       static_cast<int64_t>(bytes);
   const int kind = static_cast<int>(access);
   auto& sectors = block.sectors[{kind, current->thread / kWarp, current->accesses[kind]++}];
-  for (uint64_t sector = first; sector <= last; ++sector) sectors.insert(sector);
+  for (uint64_t sector = first; sector <= last; ++sector) sectors.push_back(sector);
 }
 
 void record_nothing(Access access) { ++current->accesses[static_cast<int>(access)]; }
