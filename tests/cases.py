@@ -207,6 +207,7 @@ def in_turn(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     In the short run each value of the first meets one of the second, which take turns; the rest is slow.
     """
     first, second = (list(values) for values in axes.values())
+    assert len(first) >= len(second), "else some values of the second axis would never have their turn"
     parameters = []
     for i, a in enumerate(first):
         for j, b in enumerate(second):

@@ -8,7 +8,7 @@ import pytest
 # their number is set, and threads of processes side by side would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 
 def pytest_addoption(parser):
