@@ -1,7 +1,10 @@
-"""What all tests share: fresh random inputs, one thread, and the choice to run on the emulated GPU."""
+"""What all tests share: fresh random inputs, one thread, the emulated GPU, environments of other torch."""
 
 import os
+import pathlib
+import tempfile
 
+import environments
 import pytest
 
 # Before torch is imported, and for processes that tests start: what several threads do is tested where
@@ -43,3 +46,24 @@ def _fresh_seed(request):
 
         emulated_cuda.manual_seed(seed)
     print(f"torch.manual_seed({seed})")
+
+
+def _environment_with(torch_to_install):
+    # Not tmp_path: pytest keeps its last three, and these hold gigabytes.
+    with tempfile.TemporaryDirectory() as name:
+        python = environments.environment_with(torch_to_install, pathlib.Path(name))
+        if environments.version_of_torch(python) == torch.__version__:
+            pytest.skip(f"torch {torch.__version__} is the one of this run")
+        yield python
+
+
+@pytest.fixture(scope="session")
+def oldest_torch():
+    """The Python of an environment with the oldest torch that is promised, and all that tests need."""
+    yield from _environment_with(f"torch=={environments.OLDEST_TORCH}.*")
+
+
+@pytest.fixture(scope="session")
+def newest_torch():
+    """The same with the newest torch that the index has."""
+    yield from _environment_with("torch")

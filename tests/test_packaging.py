@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from environments import new_environment
 
 import lnprune
 
@@ -40,13 +40,6 @@ def run(command: list, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False, **options
     )
-
-
-def new_environment(folder: pathlib.Path) -> pathlib.Path:
-    """A virtual environment with nothing in it; returns its Python."""
-    created = run([sys.executable, "-m", "venv", folder])
-    assert created.returncode == 0, created.stderr
-    return folder / "bin" / "python"
 
 
 @pytest.fixture
@@ -106,21 +99,6 @@ def test_pip_installs_into_an_empty_environment(folder):
     pruned = run([python, "-W", "ignore", "-c", PRUNE], cwd="/")
     assert pruned.returncode == 0, pruned.stderr
     assert "site-packages" in pruned.stdout
-
-
-@pytest.fixture(scope="module")
-def oldest_torch():
-    """The Python of an environment with the oldest supported torch, for CUDA if the index has that."""
-    oldest = re.search(r'dependencies = \["torch>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text())[1]
-    with tempfile.TemporaryDirectory() as name:
-        python = new_environment(pathlib.Path(name))
-        needed = [f"torch=={oldest}.*", "numpy", "setuptools>=77", "ninja", "pybind11"]
-        installed = run([python, "-m", "pip", "install", *needed])
-        assert installed.returncode == 0, installed.stderr[-2000:]
-        version = run([python, "-W", "ignore", "-c", "import torch; print(torch.__version__)"]).stdout
-        assert version.startswith(f"{oldest}.")
-        assert version.strip() != torch.__version__
-        yield python
 
 
 @pytest.mark.slow
