@@ -73,7 +73,7 @@ def write_mask(keep: Tensor, scores: Tensor, mask: Tensor | None, dim: int) -> T
     shape = [1] * scores.dim()
     shape[dim] = -1
     new_mask = torch.zeros_like(scores, requires_grad=False)
-    new_mask += keep.reshape(shape).to(new_mask.dtype)
+    new_mask += keep.reshape(shape).to(new_mask.device, new_mask.dtype)
     if mask is not None:
         new_mask *= mask.to(new_mask.dtype)
     return new_mask
