@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Union
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Patterns",
     "Weight",
     "add_name",
+    "check_is_eager",
     "check_shapes",
     "collect",
     "current_tensor",
@@ -84,8 +86,18 @@ def _is_pruned(module: nn.Module, attribute: str) -> bool:
     return attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers
 
 
+def check_is_eager(module: nn.Module) -> None:
+    """Refuses what torch's pruning refuses: a module of TorchScript."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError(
+            "Can't add a new parameter after ScriptModule construction: expected a module to prune before it "
+            f"is scripted or traced, got a {type(module).__name__}"
+        )
+
+
 def current_tensor(module: nn.Module, attribute: str, name: str) -> Tensor:
     """The parameter, or where it is pruned, the masked weight."""
+    check_is_eager(module)
     parameter = module._parameters.get(attribute)
     if parameter is not None:
         return parameter

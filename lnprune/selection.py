@@ -275,7 +275,10 @@ class Arrangement:
         first = _at(_integers(self.fewest) * per_block, layers)
         last = _at(_integers(self.most) * per_block, layers)
         inside = (position >= first) & (position < last)
-        blocks = _at(arranged, inside.nonzero().flatten()).view(-1, per_block)
+        optional = _at(arranged, inside.nonzero().flatten())
+        if optional.numel() == 0:
+            return optional.view(0, 1)
+        blocks = optional.view(-1, per_block)
         # One group after another, so that equal blocks have equal sums.
         sums = functools.reduce(torch.add, (_at(scores, groups) for groups in blocks.unbind(1)))
         return _at(blocks, torch.sort(sums, descending=True, stable=True).indices)

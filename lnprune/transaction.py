@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import prune as stock
 
+from lnprune.parameters import check_is_eager
+
 __all__ = ["Snapshot", "Transaction", "Values", "bits", "from_bits", "is_zero"]
 
 
@@ -16,6 +18,7 @@ class Snapshot:
     """What a pruning call may change in a module, to put it back when the call fails."""
 
     def __init__(self, module: nn.Module):
+        check_is_eager(module)
         self.module = module
         self.attributes = attributes = module.__dict__.copy()
         self.parameters = attributes["_parameters"].copy()
