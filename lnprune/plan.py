@@ -132,7 +132,7 @@ class Plan:
         return f"Plan({len(self)} parameters, {kept} of {channels} channels kept)"
 
     def __str__(self) -> str:
-        return report.table(self)
+        return report.table(self.n, self.selection, self.entries)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the sorted norms of each layer with the cut, and the share of each that is kept.
@@ -149,8 +149,8 @@ class Plan:
         ranked = []
         for layer, (norms, alive) in zip(self._layers, self._parts(), strict=True):
             kept = int(layer.keep.sum()) // self.selection["group_size"]
-            ranked.append((layer.name, torch.sort(norms[alive], descending=True).values, kept))
-        report.plot(self, ranked, path)
+            ranked.append((torch.sort(norms[alive], descending=True).values, kept))
+        report.plot(self.n, self.entries, ranked, path)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as numbers, strings, lists and dicts, as :meth:`save` writes it.
