@@ -316,17 +316,17 @@ def test_a_plot_shows_the_norms_by_rank_and_how_many_are_kept(monkeypatch, tmp_p
     monkeypatch.setattr(report, "plot", lambda *arguments: drawn.append(arguments))
     plan = example()
     plan.plot("path")
-    ((shown, ranked, path),) = drawn
-    assert shown is plan
-    assert path == "path"
-    assert [(name, norms.tolist(), kept) for name, norms, kept in ranked] == [
-        ("0.weight", [6.0, 3.0, 3.0, 1.0], 2),
-        ("2.weight", [8.0, 4.0], 1),
-        ("3.weight", [5.0, 2.0, 1.0], 3),
+    ((n, entries, ranked, path),) = drawn
+    assert (n, entries, path) == (1, plan.entries, "path")
+    assert [entry.name for entry in entries] == ["0.weight", "2.weight", "3.weight"]
+    assert [(norms.tolist(), kept) for norms, kept in ranked] == [
+        ([6.0, 3.0, 3.0, 1.0], 2),
+        ([8.0, 4.0], 1),
+        ([5.0, 2.0, 1.0], 3),
     ]
     module = prune_channels(rows(9, 9, 3, 4, 0, 6), [0, 1])
     lnprune.rank(module, 2, 0).select(2, group_size=2).plot("path")
-    ((_, norms, kept),) = drawn[1][1]
+    ((norms, kept),) = drawn[1][2]
     assert (norms.tolist(), kept) == ([6.0, 5.0], 1)
 
 
