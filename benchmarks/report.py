@@ -19,6 +19,7 @@ import torch
 import lnprune
 from benchmarks.shapes import Case, dtype_name, shape_name
 from benchmarks.timing import geometric_mean
+from lnprune.atomic_file import replacing
 
 Row = dict[str, Any]
 
@@ -259,6 +260,12 @@ def section(title: str, text: str, rows: list[Row], ratios: list[str]) -> list[s
     return lines
 
 
+def save_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def _json_row(row: Row) -> Row:
     # JSON has no infinity and no NaN: they travel as text.
     return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
@@ -274,7 +281,7 @@ def write(
 ) -> None:
     """Writes the Markdown as ``name.md`` and everything as ``name.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text)
+    save_text(folder / f"{name}.md", text)
     rows = {part: [_json_row(row) for row in content] for part, content in sections.items()}
     document = {**head, "targets": [verdict._asdict() for verdict in found], **rows}
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    save_text(folder / f"{name}.json", json.dumps(document, indent=1, allow_nan=False) + "\n")

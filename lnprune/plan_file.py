@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, NamedTuple
 
+from lnprune.atomic_file import replacing
+
 __all__ = ["PlanEntry", "SavedPlan", "document", "read", "write"]
 
 _FORMAT = "lnprune plan"
@@ -75,12 +77,13 @@ def document(
 
 
 def write(path: str | os.PathLike[str], head: dict[str, Any]) -> None:
-    """Writes a document as JSON, a line for each parameter, since lists of channels are long."""
+    """Writes a document as JSON, whole or not at all; a line for each parameter, as channels are many."""
     head = dict(head)
     lines = ",\n  ".join(json.dumps(values, allow_nan=False) for values in head.pop("parameters"))
     start = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
     text = f'{start},\n "parameters": [\n  {lines}\n ]\n}}\n'
-    pathlib.Path(path).write_text(text, encoding="utf-8")
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def read(path: str | os.PathLike[str]) -> SavedPlan:
