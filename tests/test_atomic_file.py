@@ -134,9 +134,18 @@ def test_a_pipe_is_written_directly():
     assert done.stdout == b"text"
 
 
-def test_a_device_stays_a_device():
-    write(os.devnull)
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+def test_a_pipe_stays_a_pipe(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = subprocess.Popen(["cat", path], stdout=subprocess.PIPE)
+    try:
+        write(path, OLD)
+        assert reader.communicate(timeout=60)[0] == OLD
+    finally:
+        reader.kill()
+        reader.wait()
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.is_fifo()
 
 
 def test_a_folder_and_a_missing_folder_are_refused_as_by_open(tmp_path):

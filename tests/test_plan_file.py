@@ -89,6 +89,13 @@ def test_what_can_be_written_can_be_read(plan, tmp_path_factory):
     assert plan_file.document(*found) == document
 
 
+@pytest.mark.parametrize("n", [None, True, 2, 2.5, math.inf, -math.inf, math.nan, "fro", "nuc"], ids=repr)
+def test_every_order_comes_back(n, tmp_path):
+    path = tmp_path / "plan.json"
+    plan_file.write(path, plan_file.document(n, SELECTION, [], [], []))
+    assert as_text(plan_file.read(path).n) == as_text(n)
+
+
 def read(path, values):
     path.write_text(json.dumps(values))
     return plan_file.read(path)
