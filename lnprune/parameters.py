@@ -90,8 +90,8 @@ def check_is_eager(module: nn.Module) -> None:
     """Refuses what torch's pruning refuses: a module of TorchScript."""
     if isinstance(module, torch.jit.ScriptModule):
         raise RuntimeError(
-            "Can't add a new parameter after ScriptModule construction: expected a module to prune before it "
-            f"is scripted or traced, got a {type(module).__name__}"
+            "Can't add a new parameter after ScriptModule construction: expected a module to prune before "
+            f"it is scripted or traced, got a {type(module).__name__}"
         )
 
 

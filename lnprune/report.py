@@ -7,13 +7,17 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lnprune.atomic_file import replacing
 from lnprune.plan_file import PlanEntry
 
-__all__ = ["plot", "table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot", "save_figure", "table"]
 
 _HEADERS = ("parameter", "shape", "dim", "kept", "share", "norm at cut", "margin", "removed")
 
@@ -142,7 +146,15 @@ def plot(
     axis.set_xticks(range(len(shares)))
     axis.set_xticklabels(names, rotation=90, fontsize=6 if len(names) > 20 else 8)
     axis.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
+    """Writes a picture, whole or not at all, in the format of its suffix; without one as a PNG."""
+    root, suffix = os.path.splitext(os.fspath(path))
+    kind = suffix[1:] or figure.canvas.get_default_filetype()
+    with replacing(f"{root}.{kind}") as file:
+        figure.savefig(file, format=kind, dpi=dpi)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -317,9 +317,7 @@ def test_a_plot_shows_the_norms_by_rank_and_how_many_are_kept(monkeypatch, tmp_p
     plan = example()
     plan.plot("path")
     ((n, entries, ranked, path),) = drawn
-    assert n == plan.n
-    assert entries is plan.entries
-    assert path == "path"
+    assert (n, entries, path) == (1, plan.entries, "path")
     assert [entry.name for entry in entries] == ["0.weight", "2.weight", "3.weight"]
     assert [(norms.tolist(), kept) for norms, kept in ranked] == [
         ([6.0, 3.0, 3.0, 1.0], 2),
