@@ -45,15 +45,20 @@ struct InstructionSet {
                                        int64_t columns, int64_t inner, const bool* keep);
 };
 
+// From the least to the best; what build_info() says and LNPRUNE_INSTRUCTION_SET takes.
+constexpr const char* kNames[] = {"baseline", "x86-64-v3", "x86-64-v4"};
+
 extern const InstructionSet kBaseline;
-// Clang has no #pragma GCC target: there the baseline is what its flags make it.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Clang has no #pragma GCC target, and GCC before 11 does not know the levels: there the baseline
+// is what the compiler's flags make it.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 11 && !defined(__clang__)
 #define LNPRUNE_X86_64_LEVELS 1
 extern const InstructionSet kX86_64_v3;
 extern const InstructionSet kX86_64_v4;
 #endif
 
-// The best table for this processor; LNPRUNE_INSTRUCTION_SET names a lesser one.
+// The best table for this processor, or the lesser one that LNPRUNE_INSTRUCTION_SET names. Throws
+// where that is none of the names.
 const InstructionSet& instructions();
 
 }  // namespace lnprune::cpu
