@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -497,6 +498,53 @@ def test_the_readers_see_the_faults_they_look_for(nvcc, cuobjdump, tmp_path):
         assert loads_used_early("waiting", waiting) != []
         assert innermost_loops(code["narrow"]) != []
         assert hot_loops("narrow", code["narrow"]) == []
+
+
+# --- The host's side ------------------------------------------------------------------------------------
+
+# The backend's check of an error, with a CUDA of its own: one launch has failed.
+FAILED_LAUNCH = """
+#include "ops_cuda.cpp"
+
+static cudaError_t last_error = cudaErrorLaunchFailure;
+extern "C" {
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "" : "it failed"; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) { return cudaSuccess; }
+
+__attribute__((visibility("default"))) const char* message() {
+  static std::string said;
+  try {
+    lnprune::check(last_error, "a launch");
+  } catch (const std::exception& error) {
+    said = error.what();
+  }
+  return said.c_str();
+}
+__attribute__((visibility("default"))) int left_behind() { return cudaGetLastError(); }
+}
+"""
+
+CALL_IT = """
+import ctypes, os, sys, torch
+library = ctypes.CDLL(sys.argv[1], os.RTLD_LAZY)
+library.message.restype = ctypes.c_char_p
+print(library.message().decode())
+print(library.left_behind())
+"""
+
+
+def test_an_error_that_is_reported_is_not_left_to_the_next_check(nvcc, tmp_path):
+    source, library = tmp_path / "failed.cpp", tmp_path / "failed.so"
+    source.write_text(FAILED_LAUNCH)
+    flags = ["--cudart=none", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-std=c++20", FLAGS[-1]]
+    flags += ["-DUSE_CUDA", *(f"-I{path}" for path in (KERNELS, *cpp_extension.include_paths()))]
+    # What only a torch with CUDA has is never called.
+    linked = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
+    run([nvcc, *flags, source, "-Xlinker=--no-as-needed,-z,lazy", *linked, "-o", library])
+    message, left = run([sys.executable, "-c", CALL_IT, library]).stdout.splitlines()
+    assert message.endswith("lnprune: CUDA error in a launch: it failed")
+    assert left == "0"
 
 
 # --- The table of docs/cuda.md --------------------------------------------------------------------------

@@ -8,7 +8,9 @@
 namespace lnprune {
 namespace {
 
+// An error is reported here, and not once more by whoever next asks CUDA for its last one.
 void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "lnprune: CUDA error in ", what, ": ",
                   cudaGetErrorString(error));
 }
