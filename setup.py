@@ -37,7 +37,7 @@ if os.environ.get("LNPRUNE_SANITIZE"):
 CPU_SOURCES = [
     *("csrc/ops.cpp", "csrc/cpu/instruction_sets.cpp", "csrc/cpu/loops_baseline.cpp"),
     *("csrc/cpu/loops_x86_64_v3.cpp", "csrc/cpu/loops_x86_64_v4.cpp"),
-    *("csrc/cpu/masks.cpp", "csrc/cpu/norms.cpp", "csrc/cpu/topk.cpp"),
+    *("csrc/cpu/masks.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/norms.cpp", "csrc/cpu/topk.cpp"),
 ]
 CUDA_SOURCES = ["ops_cuda.cpp", "launches.cpp", "norms.cu", "topk.cu", "masks.cu", "upload.cu"]
 # -fmad is nvcc's name for contraction.

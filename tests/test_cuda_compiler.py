@@ -32,6 +32,7 @@ ELEMENTS = ("float64", "float32", "float16", "bfloat16")
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 RANK = [f"rank {norm} {element}" for norm in NORMS for element in (*ELEMENTS, "float8")]
 WRITE = [f"write {element}" for element in (*ELEMENTS, *FLOAT8)]
+ROOT = [f"root {norm}" for norm in NORMS]
 ZERO = [f"zero uint{bits}" for bits in (64, 32, 16, 8)]
 
 # What an H200 has, for cuda_occupancy.h; a line of input is "registers, bytes of shared memory, threads".
@@ -149,6 +150,9 @@ def kernel_of(symbol: str) -> str:
     rank = re.search(r"\d+rank_kernelINS_\d+([A-Za-z]+?)E(\w+?)EEvP", symbol)
     if rank:
         return f"rank {rank[1]} {element(rank[2])}"
+    root = re.search(r"\d+root_kernelINS_\d+([A-Za-z]+?)EEEvP", symbol)
+    if root:
+        return f"root {root[1]}"
     write = re.search(r"\d+write_kernelI(\w+?)EEvP", symbol)
     if write:
         return f"write {element(write[1])}"
@@ -331,7 +335,7 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_compiled(resources, architecture):
-    assert sorted(resources[architecture]) == sorted([*RANK, "select", *WRITE, *ZERO, "upload"])
+    assert sorted(resources[architecture]) == sorted([*RANK, *ROOT, "select", *WRITE, *ZERO, "upload"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -346,7 +350,7 @@ def test_no_kernel_spills_registers_or_has_a_stack(resources, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_instruction_uses_local_memory(machine_code, architecture):
     uses = {kernel: count(code, r"(?:LDL|STL)\b") for kernel, code in machine_code[architecture].items()}
-    assert uses == dict.fromkeys([*RANK, "select", *WRITE, *ZERO, "upload"], 0)
+    assert uses == dict.fromkeys([*RANK, *ROOT, "select", *WRITE, *ZERO, "upload"], 0)
 
 
 @pytest.mark.parametrize("kernel", RANK)

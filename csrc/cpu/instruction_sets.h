@@ -35,9 +35,12 @@ struct InstructionSet {
   const char* name;
   // One partial of 8 bytes per channel of the chunk.
   void (*reduce[kElementTypes][kNormKinds])(const Chunk& chunk, double p, void* partials);
-  // norms[c] from partials[chunk][c], folded in the order of the chunks.
+  // norms[c], or the sum before the root, from partials[chunk][c], folded in the order of the
+  // chunks.
   void (*finish[kElementTypes][kNormKinds])(const void* partials, int64_t chunks, int64_t stride,
-                                            int64_t channels, double p, double* norms);
+                                            int64_t channels, double p, bool rooted, double* norms);
+  // norms[c] from the sums before the root.
+  void (*root[kNormKinds])(const double* sums, int64_t channels, double p, double* norms);
   // `length` elements of channels that share one keep flag.
   void (*write_run[kElementTypes])(const WritePart& part, int64_t length, bool keep);
   // Rows of `columns` elements at a distance of `row_stride`; column j belongs to keep[j / inner].

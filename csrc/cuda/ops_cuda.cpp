@@ -67,6 +67,7 @@ struct CudaBackend {
   }
 
   static void prepare_output(void*, size_t) {}
+  static size_t first_unwritable(void* const*, size_t count) { return count; }
 };
 
 }  // namespace
