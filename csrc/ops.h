@@ -479,7 +479,8 @@ class Ops {
     STD_TORCH_CHECK(
         tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 && tensor.is_contiguous(),
         "lnprune: expected contiguous float64 ", what, " with one dim, got ",
-        torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.dim());
+        torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.dim(), " dims",
+        tensor.is_contiguous() ? "" : ", not contiguous");
     return static_cast<const double*>(tensor.const_data_ptr());
   }
 };

@@ -570,6 +570,7 @@ def resource_table() -> str:
             families.append(
                 (f"rank {element}, {orders}", [f"rank {n} {element}" for n in norms], threads_of_a_block)
             )
+    families.append(("root", ROOT, threads_of_a_block))
     families.append(("select", ["select"], constant("topk.cu", "kSelectThreads")))
     families += [(f"write {element}", [f"write {element}"], threads_of_a_block) for element in ELEMENTS]
     families.append(("write float8", [f"write {element}" for element in FLOAT8], threads_of_a_block))
@@ -588,7 +589,7 @@ def resource_table() -> str:
             blocks = blocks_of(rows, threads)
             flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
             cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
-            cells.append("" if kernels[0] in ("select", *ZERO) else spread(flight))
+            cells.append("" if kernels[0] in ("select", *ROOT, *ZERO) else spread(flight))
             lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

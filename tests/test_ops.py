@@ -138,7 +138,7 @@ ERRORS = {
     "integer_sums": ("channel_sums", ([ONES.int()], [0], 2.0), "real floating-point dtype, got Int"),
     "sums_dtype": ("norms_of_sums", ([NORM.float()], 2.0), "float64 sums with one dim, got Float with 1"),
     "sums_dims": ("norms_of_sums", ([NORM, NORM.view(3, 1)], 2.0), "got Double with 2"),
-    "sums_gaps": ("norms_of_sums", ([NORM.repeat(2)[::2]], 2.0), "contiguous float64 sums"),
+    "sums_gaps": ("norms_of_sums", ([NORM.repeat(2)[::2]], 2.0), "got Double with 1 dims, not contiguous"),
     "counts": ("select_channels", ([NORM], [], [1, 1], [0.0]), "got 2 and 1 for 1"),
     "fractions": ("select_channels", ([NORM], [], [1], []), "got 1 and 0 for 1"),
     "counts_pruning": ("prune_channels", ([ONES], [], [], [0], 2.0, [], [0.0]), "got 0 and 1 for 1"),
