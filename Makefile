@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT ?= build/gpu
 
 # What runs the kernels on every path; the other tests are about Python.
-EMULATED_TESTS := $(addprefix tests/test_,norms.py selection.py write.py zero.py repeated.py)
+EMULATED_TESTS := $(addprefix tests/test_,norms.py sums.py selection.py write.py zero.py repeated.py)
 
 .PHONY: test unit-tests emulated-tests demo lint types sanitize bench gpu clean
 
