@@ -56,6 +56,11 @@ pybind11::dict build_info() {
   return info;
 }
 
+bool is_writable(uintptr_t address) {
+  void* block = reinterpret_cast<void*>(address);
+  return cpu::first_unwritable(&block, 1) == 1;
+}
+
 }  // namespace
 }  // namespace lnprune
 
@@ -65,4 +70,7 @@ STABLE_TORCH_LIBRARY_IMPL(lnprune, CPU, library) {
   LNPRUNE_IMPLEMENT_OPS(library, lnprune::CpuBackend);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("build_info", &lnprune::build_info); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &lnprune::build_info);
+  m.def("is_writable", &lnprune::is_writable);
+}

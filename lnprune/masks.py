@@ -26,6 +26,8 @@ __all__ = [
     "Request",
     "check_own_values",
     "compute_mask",
+    "has_writable_memory",
+    "is_wrapper",
     "is_writable",
     "keep_flags",
     "masked",
@@ -323,6 +325,11 @@ def is_writable(tensor: Tensor) -> bool:
     )
 
 
+def has_writable_memory(tensor: Tensor) -> bool:
+    """Whether a write would reach the tensor's memory: a read-only mapping of a file ends the process."""
+    return not tensor.is_cpu or tensor.numel() == 0 or ops.is_writable(tensor.data_ptr())
+
+
 def _may_overlap(tensor: Tensor) -> bool:
     """Whether elements share memory, as far as strides tell: each must step over all smaller ones."""
     reach = 0
@@ -377,12 +384,22 @@ def write_zeros(
 
 def multiplies_in_place(original: Tensor) -> bool:
     """Whether torch multiplies the tensor in place; others are given new values."""
-    return is_writable(original) and original.is_floating_point() and original.element_size() > 1
+    return (
+        is_writable(original)
+        and original.is_floating_point()
+        and original.element_size() > 1
+        and has_writable_memory(original)
+    )
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the values lie in other tensors, as a DTensor's do."""
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 def check_own_values(tensor: Tensor, name: str) -> None:
-    """Refuses a tensor whose values lie in others, as a DTensor's do: new data would not reach them."""
-    if hasattr(type(tensor), "__tensor_flatten__"):
+    """Refuses wrappers: new data would not reach their values."""
+    if is_wrapper(tensor):
         raise RuntimeError(
             f"{name}: expected a tensor that holds its own values to change them for good, got a "
             f"{type(tensor).__name__}, whose values lie in other tensors: prune with masks, or before it "

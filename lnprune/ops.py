@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+import types
 import warnings
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ __all__ = [
     "channel_sums",
     "has_cuda",
     "is_native",
+    "is_writable",
     "norms_of_sums",
     "prune_channels",
     "prune_channels_",
@@ -30,7 +32,7 @@ __all__ = [
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
-def _load() -> dict[str, str]:
+def _load() -> types.ModuleType:
     try:
         from lnprune import _C
     except ImportError as error:
@@ -41,7 +43,7 @@ def _load() -> dict[str, str]:
             f"{torch.__version__}, needed: torch 2.11 or newer; the loader says: {error}). "
             f"Build it for this torch and this Python, in the source folder: {_REBUILD}"
         ) from error
-    return _C.build_info()
+    return _C
 
 
 def _load_cuda() -> str:
@@ -59,7 +61,8 @@ def _load_cuda() -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-_BUILD_INFO = _load()
+_C = _load()
+_BUILD_INFO = _C.build_info()
 _BUILD_INFO["cuda"] = _load_cuda()
 _HAS_CUDA = not _BUILD_INFO["cuda"].startswith("not ")
 
@@ -73,6 +76,18 @@ def build_info() -> dict[str, str]:
         ['compiler', 'cuda', 'instruction_set', 'torch']
     """
     return dict(_BUILD_INFO)
+
+
+def is_writable(address: int) -> bool:
+    """Whether the process may write to the memory at an address.
+
+    Example:
+        >>> import lnprune
+        >>> import torch
+        >>> lnprune.ops.is_writable(torch.zeros(4).data_ptr())
+        True
+    """
+    return _C.is_writable(address)
 
 
 def has_cuda() -> bool:

@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from lnprune.atomic_file import replacing
+from lnprune.selection import LEAST, WORDS
 
 __all__ = ["PlanEntry", "SavedPlan", "document", "read", "write"]
 
@@ -26,12 +27,6 @@ _VERSION = 1
 _NOT_FINITE = ("inf", "-inf", "nan")
 _MATRIX_NORMS = ("fro", "nuc")
 _LARGEST = sys.float_info.max
-_WORDS = {
-    "scope": ("local", "global"),
-    "of": ("channels", "parameters"),
-    "normalize": ("size", "layer", "none"),
-}
-_LEAST = {"min_channels": 0, "multiple_of": 1, "group_size": 1}
 
 
 @dataclass(frozen=True)
@@ -203,10 +198,10 @@ def _selection_of(values: dict[str, Any]) -> dict[str, Any]:
             if share < 0 or (type(share) is float and share > 1):
                 raise ValueError(f"{key}: expected a count, or a share from 0 to 1, got {share}")
     selection = {"amount": amount}
-    for key, known in _WORDS.items():
+    for key, known in WORDS.items():
         if key in values:
             selection[key] = _word(values, key, known)
-    for key, least in _LEAST.items():
+    for key, least in LEAST.items():
         if key in values or key == "group_size":
             selection[key] = _count(values, key, least)
     return selection

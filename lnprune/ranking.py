@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lnprune import reference
-from lnprune.masks import Amount
+from lnprune.masks import Amount, is_wrapper
 from lnprune.norms import channel_norms, native_order, nonzero_counts
 from lnprune.parameters import Parameters, Patterns, Weight, collect, per_weight
 from lnprune.plan import Plan
 from lnprune.prune import Order
-from lnprune.selection import Arrangement, Layers, Normalize, Of, Scope
+from lnprune.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
 
 __all__ = ["Ranking", "rank", "scores_of"]
 
@@ -160,6 +160,11 @@ class Ranking:
         for weight, norms in zip(self._weights, self._norms, strict=True):
             if norms.is_meta:
                 raise ValueError(f"{weight.name}: is on the device meta, where norms have no values")
+            if is_wrapper(norms):
+                raise RuntimeError(
+                    f"{weight.name}: expected norms that hold their own values, to select by, got a "
+                    f"{type(norms).__name__}: prune with ln_structured or local_structured"
+                )
         channels = [norms.numel() for norms in self._norms]
         sizes = [
             math.prod(weight.shape) // count if count else 0
@@ -233,33 +238,23 @@ class Ranking:
             >>> sum(kept), [count % 4 for count in kept]
             (24, [0, 0])
         """
-        for word, given, words in (
-            ("scope", scope, Scope),
-            ("of", of, Of),
-            ("normalize", normalize, Normalize),
-        ):
-            known = get_args(words)
-            if given not in known:
-                raise ValueError(f"{word}: expected {' or '.join(map(repr, known))}, got {given!r}")
-        for word, number, least in (
-            ("min_channels", min_channels, 0),
-            ("multiple_of", multiple_of, 1),
-            ("group_size", group_size, 1),
-        ):
+        words: dict[str, str] = {"scope": scope, "of": of, "normalize": normalize}
+        for option, word in words.items():
+            if word not in WORDS[option]:
+                raise ValueError(
+                    f"{option}: expected {' or '.join(map(repr, WORDS[option]))}, got {word!r}"
+                )
+        numbers = {"min_channels": min_channels, "multiple_of": multiple_of, "group_size": group_size}
+        for option, number in numbers.items():
             if type(number) is not int:
-                raise TypeError(f"{word}: expected an int, got {number!r}")
-            if number < least:
-                raise ValueError(f"{word}: expected {least} or more, got {number}")
+                raise TypeError(f"{option}: expected an int, got {number!r}")
+            if number < LEAST[option]:
+                raise ValueError(f"{option}: expected {LEAST[option]} or more, got {number}")
             if number >= _TOO_MANY:
-                raise ValueError(f"{word}: expected less than {_TOO_MANY}, got {number}")
-        options = {
-            "scope": scope,
-            "of": of,
-            "normalize": normalize if scope == "global" else "none",
-            "min_channels": min_channels,
-            "multiple_of": multiple_of,
-            "group_size": group_size,
-        }
+                raise ValueError(f"{option}: expected less than {_TOO_MANY}, got {number}")
+        if scope == "local":
+            words["normalize"] = "none"
+        options = {**words, **numbers}
         key = (str(options["normalize"]), group_size, multiple_of, min_channels)
         arrangement = self._arrangements.get(key)
         if arrangement is None:

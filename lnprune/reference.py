@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -44,16 +45,30 @@ def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
         dim: the dim of the channels.
 
     Returns:
-        float64 norms of shape ``(tensor.shape[dim],)``.
+        float64 norms of shape ``(tensor.shape[dim],)``, on the tensor's device, or on the CPU where that
+        has no float64.
     """
     if isinstance(n, str) and n == "fro":
         n = 2.0
-    dims = other_dims(tensor, dim)
-    if tensor.is_complex():
-        return torch.norm(tensor.detach().to(torch.complex128), p=n, dim=dims)
-    if tensor.is_floating_point():
-        return torch.norm(tensor.detach().to(torch.float64), p=n, dim=dims)
-    return torch.norm(tensor.detach(), p=n, dim=dims)  # raises torch's error
+    return torch.norm(_widened(tensor), p=n, dim=other_dims(tensor, dim))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In float64 or complex128, on the CPU where the device has no such types; others stay as they are."""
+    tensor = tensor.detach()
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return (tensor if _has_float64(tensor.device.type) else tensor.cpu()).to(wide)
+
+
+@functools.cache
+def _has_float64(device_type: str) -> bool:
+    try:
+        torch.empty(0, dtype=torch.float64, device=device_type)
+    except TypeError:  # Apple's MPS
+        return False
+    return True
 
 
 def channel_sums(tensor: Tensor, n: Any, dim: int) -> Tensor:
@@ -72,8 +87,7 @@ def channel_sums(tensor: Tensor, n: Any, dim: int) -> Tensor:
     """
     order = _real_order(n)
     dims = other_dims(tensor, dim)
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    magnitudes = tensor.detach().to(wide).abs()
+    magnitudes = _widened(tensor).abs()
     if order == 0:
         return magnitudes.ne(0).sum(dims, dtype=torch.float64)
     if math.isinf(order):

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ from torch.nn.utils import prune as stock
 from lnprune import ops
 from lnprune.parameters import NAMED_ERRORS, add_name
 
-__all__ = ["Arrangement", "Layers", "Normalize", "Of", "Scope", "group_norms"]
+__all__ = ["LEAST", "WORDS", "Arrangement", "Layers", "Normalize", "Of", "Scope", "group_norms"]
 
 Scope = Literal["local", "global"]
 Of = Literal["channels", "parameters"]
 Normalize = Literal["size", "layer", "none"]
+# The words that an option takes, and the least of the numbers.
+WORDS = {"scope": get_args(Scope), "of": get_args(Of), "normalize": get_args(Normalize)}
+LEAST = {"min_channels": 0, "multiple_of": 1, "group_size": 1}
 
 
 @dataclass(frozen=True)
