@@ -5,7 +5,6 @@ The one place that groups weights by device and asks: native, or plain torch?
 
 from __future__ import annotations
 
-import collections
 import operator
 from collections.abc import Sequence
 from typing import Any, Union
@@ -419,20 +418,12 @@ def products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, 
 
 def multiply_(pairs: Sequence[tuple[Tensor, Tensor]], made: dict[int, tuple[Tensor, Tensor]]) -> None:
     """Multiplies originals by their masks for good; ``made`` is what :func:`products` made of the pairs."""
-    seen: collections.Counter[int] = collections.Counter()
-    rounds: list[tuple[list[Tensor], list[Tensor]]] = []
-    for original, mask in pairs:
-        if id(original) in made:
-            continue
-        # A weight that modules share is multiplied by one of its masks at a time.
-        turn = seen[id(original)]
-        seen[id(original)] += 1
-        if turn == len(rounds):
-            rounds.append(([], []))
-        rounds[turn][0].append(original)
-        rounds[turn][1].append(mask.to(original.dtype))
+    left = [(original, mask.to(original.dtype)) for original, mask in pairs if id(original) not in made]
     with torch.no_grad():
-        for originals, masks in rounds:
-            torch._foreach_mul_(originals, masks)
+        while left:
+            # A weight that modules share is multiplied by one of its masks at a time.
+            now = {id(original): (original, mask) for original, mask in reversed(left)}
+            left = [pair for pair in left if now[id(pair[0])][1] is not pair[1]]
+            torch._foreach_mul_(*map(list, zip(*now.values(), strict=True)))
         for original, product in made.values():
             original.data = product
