@@ -10,7 +10,7 @@ OUT ?= build/gpu
 
 # What runs the kernels on every path; the other tests are about Python. On the emulated GPU beside the
 # tests proper: each keeps one core busy.
-EMULATED_TESTS := $(addprefix tests/test_,norms.py selection.py write.py zero.py repeated.py)
+EMULATED_TESTS := $(addprefix tests/test_,norms.py sums.py selection.py write.py zero.py repeated.py)
 PYTEST := $(BIN)/python -m pytest
 EMULATED := $(PYTEST) --emulated-cuda -p no:cacheprovider $(EMULATED_TESTS) tests/test_cuda_emulation.py
 

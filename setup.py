@@ -1,11 +1,15 @@
 """Builds the native libraries, lnprune._C and, for a torch with CUDA, lnprune._C_cuda."""
 
+import glob
 import os
+import re
 import shutil
+import subprocess
+import sys
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
 
 try:
     import pybind11
@@ -14,32 +18,34 @@ try:
 except ImportError:
     INCLUDES = []  # torch brings the headers too
 
-# The oldest torch whose stable ABI the libraries need: built against any newer one, they load in all.
-TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
+
+def cuda_home() -> str | None:
+    """The folder of the CUDA toolkit. The nvcc on the PATH may be a wrapper, and says where it leads."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        folders += re.findall(r"_HERE_=(.+)/bin$", said, re.MULTILINE)
+    for folder in filter(None, [*folders, "/usr/local/cuda"]):
+        if all(os.path.exists(f"{folder}/{name}") for name in ("bin/nvcc", "include/cuda_runtime.h")):
+            return folder
+    return None
+
+
+cpp_extension.CUDA_HOME = cuda_home()  # torch's own guess knows no wrappers
 
 COMPILE_FLAGS = [
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-    "-O3",
-    "-Wall",
-    "-fvisibility=hidden",
-    # The same bits on every processor: no multiplication and addition become one.
-    "-ffp-contract=off",
-    # sqrt as an instruction; nothing reads errno.
-    "-fno-math-errno",
+    # 2.11, the oldest torch whose stable ABI is needed: built against any newer one, they load in all.
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *("-O3", "-Wall", "-fvisibility=hidden"),
+    "-ffp-contract=off",  # the same bits on every processor: no multiplication and addition become one
+    "-fno-math-errno",  # sqrt as an instruction; nothing reads errno
 ]
-LINK_FLAGS = []
-# For `make sanitize`.
-if os.environ.get("LNPRUNE_SANITIZE"):
+SANITIZE = []
+if os.environ.get("LNPRUNE_SANITIZE"):  # for `make sanitize`
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
-    COMPILE_FLAGS += [*SANITIZE, "-fno-omit-frame-pointer"]
-    LINK_FLAGS += SANITIZE
+    SANITIZE.append("-fno-omit-frame-pointer")
 
-CPU_SOURCES = [
-    *("csrc/ops.cpp", "csrc/cpu/instruction_sets.cpp", "csrc/cpu/loops_baseline.cpp"),
-    *("csrc/cpu/loops_x86_64_v3.cpp", "csrc/cpu/loops_x86_64_v4.cpp"),
-    *("csrc/cpu/masks.cpp", "csrc/cpu/norms.cpp", "csrc/cpu/topk.cpp"),
-]
-CUDA_SOURCES = ["ops_cuda.cpp", "launches.cpp", "norms.cu", "topk.cu", "masks.cu", "upload.cu"]
 # -fmad is nvcc's name for contraction.
 NVCC_FLAGS = [COMPILE_FLAGS[0], "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
 
@@ -51,24 +57,22 @@ if shutil.which(COMPILER) is None:
     )
 
 EXTENSIONS = [
-    CppExtension(
+    cpp_extension.CppExtension(
         "lnprune._C",
-        CPU_SOURCES,
+        sorted([*glob.glob("csrc/*.cpp"), *glob.glob("csrc/cpu/*.cpp")]),
         include_dirs=INCLUDES,
-        extra_compile_args=COMPILE_FLAGS,
-        extra_link_args=LINK_FLAGS,
+        extra_compile_args=[*COMPILE_FLAGS, *SANITIZE],
+        extra_link_args=SANITIZE,
     )
 ]
-# Where nvcc lies in a folder without its headers, CUDA_HOME has to name the one that holds both.
-HAS_CUDA = os.path.exists(os.path.join(CUDA_HOME or "", "include", "cuda_runtime.h"))
-if torch.version.cuda is not None and HAS_CUDA:
+if torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None:
     flags = {"cxx": [*COMPILE_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
-    sources = [f"csrc/cuda/{name}" for name in CUDA_SOURCES]
-    EXTENSIONS.append(CUDAExtension("lnprune._C_cuda", sources, extra_compile_args=flags))
-elif torch.version.cuda is not None:
-    print(
-        "lnprune: built for the CPU only. torch has CUDA, but no toolkit was found: "
-        f"CUDA_HOME is {CUDA_HOME}, and has to be the folder that holds bin/nvcc, include and lib64"
-    )
+    sources = sorted(glob.glob("csrc/cuda/*.c*"))
+    EXTENSIONS.append(cpp_extension.CUDAExtension("lnprune._C_cuda", sources, extra_compile_args=flags))
 
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension})
+done = setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": cpp_extension.BuildExtension})
+if torch.version.cuda is not None and len(EXTENSIONS) == 1 and done.have_run.get("build_ext"):
+    sys.stderr.write(
+        "WARNING: lnprune was built for the CPU only. This torch has CUDA, but no toolkit was found: name "
+        "the folder that holds bin/nvcc and include/cuda_runtime.h in CUDA_HOME, and repeat.\n"
+    )

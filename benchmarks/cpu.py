@@ -30,6 +30,7 @@ from benchmarks.shapes import (
 )
 from benchmarks.timing import Peer, Timing, geometric_mean, interleaved
 
+EVERY_CASE = pathlib.Path("build/benchmarks")
 # A compilation takes seconds to tens of seconds.
 COMPILED_SHAPES = [(384, 384), (1536, 384), (512, 512, 3, 3)]
 
@@ -121,7 +122,7 @@ def time_resnet50(budget: float) -> list[Row]:
             fault = fault or calls.pruning_fault(module, calls.reference_norms(tensor, case), case, alive)
         timing = interleaved(peers, 10 * budget, partial(calls.read_all, tensors))
         row = _row(grid[0], timing, fault)
-        row["shape"] = "ResNet-50, 54 weights"
+        row["shape"] = cpu_report.ALL_OF_RESNET50
         row["bytes"] = sum(case.bytes for case in grid)
         row["gigabytes_per_second"] = 4 * row["bytes"] / row["lnprune"] * 1e-9
         row["speedup"] = timing.ratio("torch", "lnprune")
@@ -198,17 +199,7 @@ def measure_memory() -> list[Row]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small grid, in under two minutes")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
-    parser.add_argument("--threads", type=int, help="threads for torch and lnprune (default: torch's)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
-    start = time.perf_counter()
-    quick = options.quick
+def measure(quick: bool) -> dict[str, list[Row]]:
     budget = 0.05 if quick else 0.12
     shapes = TIMED_QUICK if quick else TIMED
     dtypes = [torch.float32, torch.bfloat16] if quick else DTYPES
@@ -224,10 +215,44 @@ def main() -> int:
         "memory": measure_memory(),
     }
     sections["first"] += time_resnet50(budget)
-    seconds = time.perf_counter() - start
-    cpu_report.write(options.out, sections, seconds)
+    return sections
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small grid, in under two minutes")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help=f"folder of the page and the picture ({report.RESULTS}; --quick: {EVERY_CASE})",
+    )
+    parser.add_argument("--threads", type=int, help="threads for torch and lnprune (default: torch's)")
+    parser.add_argument(
+        "--from", dest="saved", type=pathlib.Path, help="the JSON of a run, to write its page"
+    )
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    if options.saved is None:
+        start = time.perf_counter()
+        sections = measure(options.quick)
+        seconds = time.perf_counter() - start
+        machine = report.environment("benchmarks.cpu")
+        head = {"environment": machine, "seconds": seconds}
+        every_case = EVERY_CASE / "cpu.json"
+        report.save_json(every_case, head, cpu_report.verdicts(sections), sections)
+        written = [every_case]
+    else:
+        machine, sections, seconds = cpu_report.load(options.saved)
+        written = []
+    folder = options.out or (EVERY_CASE if options.quick else report.RESULTS)
+    written += cpu_report.write(folder, machine, sections, seconds)
+    if folder == report.RESULTS:
+        report.replace_marked(report.README, "benchmarks.cpu", cpu_report.speed_lines(sections))
+        written.append(report.README)
     print("\n" + "\n".join(report.verdict_lines(cpu_report.verdicts(sections))))
-    print(f"\n{seconds:.0f} s; wrote {options.out / 'cpu.md'} and {options.out / 'cpu.json'}")
+    print(f"\n{seconds:.0f} s; wrote {', '.join(map(str, written))}")
     return 1 if report.faults(sections) else 0
 
 

@@ -297,6 +297,17 @@ def verdicts(sections: dict[str, list[Row]]) -> list[Verdict]:
     return found
 
 
+def speed_lines(sections: dict[str, list[Row]]) -> list[str]:
+    """What the README says of the speed."""
+    found = {(row["shape"], row["call"], row["dim"]): row["speedup"] for row in sections["lists"]}
+    lines = ["| weights | call | dim 0 | dim 1 |", "| --- | --- | ---: | ---: |"]
+    for shape, call in dict.fromkeys(key[:2] for key in found):
+        arguments = "..., permanent=True" if call == "permanent" else "..."
+        speedups = " | ".join(f"{found[shape, call, dim]:.1f} x" for dim in (0, 1))
+        lines.append(f"| {shape} | `local_structured({arguments})` | {speedups} |")
+    return lines
+
+
 def markdown(machine: dict[str, Any], sections: dict[str, list[Row]], seconds: float) -> str:
     """The whole report."""
     lines = [
@@ -321,7 +332,7 @@ def markdown(machine: dict[str, Any], sections: dict[str, list[Row]], seconds: f
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument("--out", type=pathlib.Path, default=report.RESULTS)
     parser.add_argument("--budget", type=float, default=0.5, help="twelfths of seconds for each case")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
@@ -346,6 +357,8 @@ def main() -> int:
     text = markdown(machine, sections, seconds)
     head = {"environment": machine, "seconds": seconds}
     report.write(options.out, "models", text, head, found, sections)
+    if options.out == report.RESULTS:
+        report.replace_marked(report.README, "benchmarks.models", speed_lines(sections))
     print("\n" + "\n".join(report.verdict_lines(found)))
     print(f"\n{seconds:.0f} s; wrote {options.out / 'models.md'} and {options.out / 'models.json'}")
     return 1 if report.faults(sections) else 0

@@ -19,8 +19,12 @@ import torch
 import lnprune
 from benchmarks.shapes import Case, dtype_name, shape_name
 from benchmarks.timing import geometric_mean
+from lnprune.atomic_file import replacing
 
 Row = dict[str, Any]
+# The pages of the repository, from its root.
+RESULTS = pathlib.Path("benchmarks/results")
+README = pathlib.Path("README.md")
 
 
 def output_of(*command: str) -> str:
@@ -259,9 +263,25 @@ def section(title: str, text: str, rows: list[Row], ratios: list[str]) -> list[s
     return lines
 
 
+def save_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def _json_row(row: Row) -> Row:
     # JSON has no infinity and no NaN: they travel as text.
     return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def save_json(
+    path: pathlib.Path, head: dict[str, Any], found: list[Verdict], sections: dict[str, list[Row]]
+) -> None:
+    """Writes all that was measured."""
+    rows = {part: [_json_row(row) for row in content] for part, content in sections.items()}
+    document = {**head, "targets": [verdict._asdict() for verdict in found], **rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def write(
@@ -273,8 +293,25 @@ def write(
     sections: dict[str, list[Row]],
 ) -> None:
     """Writes the Markdown as ``name.md`` and everything as ``name.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text)
-    rows = {part: [_json_row(row) for row in content] for part, content in sections.items()}
-    document = {**head, "targets": [verdict._asdict() for verdict in found], **rows}
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    save_json(folder / f"{name}.json", head, found, sections)
+    save_text(folder / f"{name}.md", text)
+
+
+def _marks(program: str) -> tuple[str, str]:
+    return f"<!-- made by python -m {program} -->\n\n", f"\n\n<!-- end of {program} -->"
+
+
+def marked(path: pathlib.Path, program: str) -> str:
+    """The part of a page that a program makes."""
+    begin, end = _marks(program)
+    return path.read_text().partition(begin)[2].partition(end)[0]
+
+
+def replace_marked(path: pathlib.Path, program: str, lines: list[str]) -> None:
+    """Puts other lines in place of the part of a page that a program makes."""
+    begin, end = _marks(program)
+    before, found, rest = path.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{path}: expected the lines {begin.strip()!r} and {end.strip()!r}")
+    save_text(path, before + begin + "\n".join(lines) + end + after)

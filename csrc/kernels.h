@@ -34,11 +34,18 @@ constexpr int64_t element_bytes(ElementType type) {
   return kBytes[static_cast<int>(type)];
 }
 
-// One tensor to rank: its elements, and room for one norm per channel.
+// One tensor to rank: its elements, and room for one norm, or sum before the root, per channel.
 struct RankItem {
   const void* elements;
   ElementType type;
   Slices slices;
+  double* norms;
+};
+
+// Sums before the root, and room for the norms that are their roots.
+struct RootItem {
+  const double* sums;
+  int64_t channels;
   double* norms;
 };
 
@@ -79,8 +86,10 @@ struct ZeroItem {
 // this order, each reading what those before it wrote.
 struct Steps {
   std::vector<RankItem> scores;
-  NormOrder order{NormKind::count, 0};  // of the scores
+  NormOrder order{NormKind::count, 0};  // of the scores and the sums
+  bool rooted = true;                   // scores become norms, not the sums before the root
   std::vector<RankItem> masks;          // ranked by order 0: how many elements are not zero
+  std::vector<RootItem> sums;
   std::vector<SelectItem> selections;
   std::vector<WriteItem> writes;
   std::vector<ZeroItem> zeros;
@@ -92,7 +101,9 @@ namespace cpu {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
 
-void rank(const RankItem* items, size_t count, NormOrder order, ParallelFor parallel_for);
+void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
+          ParallelFor parallel_for);
+void root(const RootItem* items, size_t count, NormOrder order, ParallelFor parallel_for);
 void select(const SelectItem* items, size_t count, ParallelFor parallel_for);
 void write(const WriteItem* items, size_t count, ParallelFor parallel_for);
 void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for);
@@ -100,6 +111,10 @@ void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for);
 // Asks the system to back a large block with huge pages. Worth it before the first write, when one
 // fault per huge page replaces hundreds.
 void advise_huge_pages(void* block, size_t bytes);
+
+// The place of the first block that cannot be written, by its first page; `count` where all can, or
+// where the system does not tell.
+size_t first_unwritable(void* const* blocks, size_t count);
 
 // The instruction set that the kernels run with.
 const char* instruction_set();

@@ -1,10 +1,11 @@
-// The definition of every norm, for host and device: identity, map, combine, project.
+// The definition of every norm, for host and device: identity, map, combine, total, root.
 //
 // A norm of order p is a functor over Real (float, or double for float64 weights; narrower weights
 // are widened to float, which is exact). Whoever loops over elements holds one Accumulator per
-// lane, turns it into a Partial where a chunk ends, folds Partials in a fixed order and projects
-// the last. Sums are float64 for every Real. NaN is part of the definition: any NaN makes the norm
-// NaN, except for p = 0, where NaN counts as an element that is not zero.
+// lane, turns it into a Partial where a chunk ends and folds Partials in a fixed order. The last
+// Partial's total is the sum before the root, for p = 0 the count, for infinite p the extremum; its
+// root is the norm. Sums are float64 for every Real. NaN is part of the definition: any NaN makes
+// the norm NaN, except for p = 0, where NaN counts as an element that is not zero.
 #pragma once
 
 #include <cmath>
@@ -174,7 +175,8 @@ struct NonzeroCount {
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a + b; }
-  LNPRUNE_FUNCTION double project(Partial a) const { return a; }
+  LNPRUNE_FUNCTION double total(Partial a) const { return a; }
+  LNPRUNE_FUNCTION double root(double total) const { return total; }
 };
 
 // p = 1: the sum of magnitudes.
@@ -188,7 +190,8 @@ struct Sum {
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const { return a + magnitude(x); }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a + b; }
-  LNPRUNE_FUNCTION double project(Partial a) const { return a; }
+  LNPRUNE_FUNCTION double total(Partial a) const { return a; }
+  LNPRUNE_FUNCTION double root(double total) const { return total; }
 };
 
 // p = 2: the root of the sum of squares. The square of a float is exact in a double.
@@ -204,7 +207,8 @@ struct SumOfSquares {
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a + b; }
-  LNPRUNE_FUNCTION double project(Partial a) const { return std::sqrt(a); }
+  LNPRUNE_FUNCTION double total(Partial a) const { return a; }
+  LNPRUNE_FUNCTION double root(double total) const { return std::sqrt(total); }
 };
 
 // p = inf: the largest magnitude, on its bits, where NaN is above infinity.
@@ -221,9 +225,10 @@ struct Maximum {
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a > b ? a : b; }
-  LNPRUNE_FUNCTION double project(Partial a) const {
+  LNPRUNE_FUNCTION double total(Partial a) const {
     return static_cast<double>(bit_cast<Real>(static_cast<Accumulator>(a)));
   }
+  LNPRUNE_FUNCTION double root(double total) const { return total; }
 };
 
 // p = -inf: the smallest magnitude. Subtracting the bits above infinity wraps NaN to the bottom,
@@ -242,9 +247,10 @@ struct Minimum {
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a < b ? a : b; }
-  LNPRUNE_FUNCTION double project(Partial a) const {
+  LNPRUNE_FUNCTION double total(Partial a) const {
     return static_cast<double>(bit_cast<Real>(static_cast<Accumulator>(a + kFirstNan)));
   }
+  LNPRUNE_FUNCTION double root(double total) const { return total; }
 };
 
 // p = k / 2 with a whole k, 0 < |k| < 16: powers from products and a root, a fraction of the cost
@@ -255,10 +261,10 @@ struct HalfIntegerPowerSum {
   using Partial = double;
   static constexpr bool kCostly = true;
   double p;
-  bool root, one, two, four, inverse;
+  bool half, one, two, four, inverse;
   LNPRUNE_FUNCTION explicit HalfIntegerPowerSum(double order) : p(order) {
     const int twice = static_cast<int>(2 * std::fabs(order));
-    root = (twice & 1) != 0;
+    half = (twice & 1) != 0;
     one = (twice & 2) != 0;
     two = (twice & 4) != 0;
     four = (twice & 8) != 0;
@@ -268,7 +274,7 @@ struct HalfIntegerPowerSum {
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const {
     const double m = magnitude(x);
     const double square = m * m;
-    double product = root ? std::sqrt(m) : 1.0;
+    double product = half ? std::sqrt(m) : 1.0;
     product = one ? product * m : product;
     product = two ? product * square : product;
     product = four ? product * (square * square) : product;
@@ -276,7 +282,8 @@ struct HalfIntegerPowerSum {
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a + b; }
-  LNPRUNE_FUNCTION double project(Partial a) const { return power(a, 1.0 / p); }
+  LNPRUNE_FUNCTION double total(Partial a) const { return a; }
+  LNPRUNE_FUNCTION double root(double total) const { return power(total, 1.0 / p); }
 };
 
 // Any other real p, negative ones too: the sum of p-th powers to the power 1 / p.
@@ -293,7 +300,8 @@ struct PowerSum {
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a + b; }
-  LNPRUNE_FUNCTION double project(Partial a) const { return power(a, 1.0 / p); }
+  LNPRUNE_FUNCTION double total(Partial a) const { return a; }
+  LNPRUNE_FUNCTION double root(double total) const { return power(total, 1.0 / p); }
 };
 
 }  // namespace lnprune

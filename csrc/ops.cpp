@@ -22,10 +22,11 @@ struct CpuBackend {
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
   static void run(int32_t, const Steps& steps) {
-    cpu::rank(steps.scores.data(), steps.scores.size(), steps.order, parallel_for);
+    cpu::rank(steps.scores.data(), steps.scores.size(), steps.order, steps.rooted, parallel_for);
     if (!steps.masks.empty()) {
-      cpu::rank(steps.masks.data(), steps.masks.size(), norm_order(0), parallel_for);
+      cpu::rank(steps.masks.data(), steps.masks.size(), norm_order(0), true, parallel_for);
     }
+    cpu::root(steps.sums.data(), steps.sums.size(), steps.order, parallel_for);
     cpu::select(steps.selections.data(), steps.selections.size(), parallel_for);
     cpu::write(steps.writes.data(), steps.writes.size(), parallel_for);
     cpu::zero(steps.zeros.data(), steps.zeros.size(), parallel_for);
@@ -41,6 +42,9 @@ struct CpuBackend {
   };
 
   static void prepare_output(void* block, size_t bytes) { cpu::advise_huge_pages(block, bytes); }
+  static size_t first_unwritable(void* const* blocks, size_t count) {
+    return cpu::first_unwritable(blocks, count);
+  }
 };
 
 pybind11::dict build_info() {
@@ -52,6 +56,11 @@ pybind11::dict build_info() {
   return info;
 }
 
+bool is_writable(uintptr_t address) {
+  void* block = reinterpret_cast<void*>(address);
+  return cpu::first_unwritable(&block, 1) == 1;
+}
+
 }  // namespace
 }  // namespace lnprune
 
@@ -61,4 +70,7 @@ STABLE_TORCH_LIBRARY_IMPL(lnprune, CPU, library) {
   LNPRUNE_IMPLEMENT_OPS(library, lnprune::CpuBackend);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("build_info", &lnprune::build_info); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &lnprune::build_info);
+  m.def("is_writable", &lnprune::is_writable);
+}

@@ -6,6 +6,7 @@
 //   run(int32_t device, const Steps&)       runs the steps on one device
 //   Scratch(int32_t device, size_t bytes)   memory of one call there; data()
 //   prepare_output(void*, size_t)           called before the first write to a large output
+//   first_unwritable(blocks, count)         the place of one that cannot be written, or `count`
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,6 +36,8 @@ using Tensors = std::vector<Tensor>;
 template <class Library>
 void define_ops(Library& library) {
   library.def("channel_norms(Tensor[] tensors, int[] dims, float p) -> Tensor[]");
+  library.def("channel_sums(Tensor[] tensors, int[] dims, float p) -> Tensor[]");
+  library.def("norms_of_sums(Tensor[] sums, float p) -> Tensor[]");
   library.def(
       "select_channels(Tensor[] norms, Tensor[] mask_counts, int[] counts, float[] fractions)"
       " -> Tensor[]");
@@ -54,17 +57,28 @@ template <class Backend>
 class Ops {
  public:
   static Tensors channel_norms(Tensors tensors, std::vector<int64_t> dims, double p) {
-    const std::vector<View> views = views_along(tensors, dims);
+    return ranked(tensors, dims, p, true);
+  }
+
+  static Tensors channel_sums(Tensors tensors, std::vector<int64_t> dims, double p) {
+    return ranked(tensors, dims, p, false);
+  }
+
+  static Tensors norms_of_sums(Tensors sums, double p) {
     const NormOrder order = checked_order(p);
     Tensors norms;
-    norms.reserve(views.size());
+    norms.reserve(sums.size());
     StepsByDevice steps;
-    for (const View& view : views) {
-      norms.push_back(new_vector(view.slices.channels, aoti_torch_dtype_float64(), view.device));
-      Steps& here = steps[view.device];
+    for (const Tensor& tensor : sums) {
+      const double* values = doubles_of(tensor, "sums");
+      const int64_t channels = tensor.numel();
+      const int32_t device = device_of(tensor);
+      norms.push_back(new_vector(channels, aoti_torch_dtype_float64(), device));
+      if (channels == 0) continue;
+      Steps& here = steps[device];
       here.order = order;
-      here.scores.push_back({view.tensor.const_data_ptr(), view.type, view.slices,
-                             static_cast<double*>(norms.back().mutable_data_ptr())});
+      here.sums.push_back(
+          {values, channels, static_cast<double*>(norms.back().mutable_data_ptr())});
     }
     run(steps);
     return norms;
@@ -78,8 +92,9 @@ class Ops {
     Tensors keep;
     StepsByDevice steps;
     for (size_t i = 0; i < norms.size(); ++i) {
-      const double* values = norms_of(norms[i]);
-      const double* mask_values = mask_counts.empty() ? nullptr : norms_of(mask_counts[i]);
+      const double* values = doubles_of(norms[i], "norms");
+      const double* mask_values =
+          mask_counts.empty() ? nullptr : doubles_of(mask_counts[i], "norms");
       const int64_t channels = norms[i].numel();
       const int32_t device = device_of(norms[i]);
       STD_TORCH_CHECK(mask_counts.empty() || mask_counts[i].numel() == channels,
@@ -154,6 +169,26 @@ class Ops {
   using ScalarType = torch::headeronly::ScalarType;
   using StepsByDevice = std::map<int32_t, Steps>;
 
+  // One number per channel: the norms, or the sums before the root.
+  static Tensors ranked(const Tensors& tensors, const std::vector<int64_t>& dims, double p,
+                        bool rooted) {
+    const std::vector<View> views = views_along(tensors, dims);
+    const NormOrder order = checked_order(p);
+    Tensors results;
+    results.reserve(views.size());
+    StepsByDevice steps;
+    for (const View& view : views) {
+      results.push_back(new_vector(view.slices.channels, aoti_torch_dtype_float64(), view.device));
+      Steps& here = steps[view.device];
+      here.order = order;
+      here.rooted = rooted;
+      here.scores.push_back({view.tensor.const_data_ptr(), view.type, view.slices,
+                             static_cast<double*>(results.back().mutable_data_ptr())});
+    }
+    run(steps);
+    return results;
+  }
+
   // A tensor seen along one dim. Where its elements are not one dense block, `tensor` is a dense
   // copy.
   struct View {
@@ -163,17 +198,35 @@ class Ops {
     int32_t device;
   };
 
-  // The scratch memory of one device, handed out from the front.
-  struct Room {
-    typename Backend::Scratch scratch;
-    int64_t channels;
-    double* norms;
-    bool* keep;
-    Room(int32_t device, int64_t count, int64_t doubles)
-        : scratch(device, count * (doubles * sizeof(double) + sizeof(bool))),
-          channels(count),
-          norms(static_cast<double*>(scratch.data())),
-          keep(reinterpret_cast<bool*>(norms + doubles * count)) {}
+  // The scratch memory of one device: the norms of all channels, where masks are counted their
+  // counts, and their keep flags. Handed out tensor by tensor.
+  class Room {
+   public:
+    struct Place {
+      double* norms;
+      double* mask_counts;
+      bool* keep;
+    };
+
+    Room(int32_t device, int64_t channels, bool with_counts)
+        : channels_(channels),
+          columns_(with_counts ? 2 : 1),
+          scratch_(device, channels * (columns_ * sizeof(double) + sizeof(bool))) {}
+
+    Place take(int64_t channels) {
+      double* norms = static_cast<double*>(scratch_.data());
+      double* mask_counts = columns_ == 2 ? norms + channels_ + taken_ : nullptr;
+      bool* keep = reinterpret_cast<bool*>(norms + columns_ * channels_) + taken_;
+      const Place place{norms + taken_, mask_counts, keep};
+      taken_ += channels;
+      return place;
+    }
+
+   private:
+    int64_t channels_;
+    int64_t columns_;  // of float64
+    int64_t taken_ = 0;
+    typename Backend::Scratch scratch_;
   };
 
   // What the write step reads and makes, for a list of tensors. Masks and originals are one per
@@ -225,37 +278,31 @@ class Ops {
 
     Choice(const std::vector<View>& views, const std::vector<View>& mask_views, NormOrder order,
            const std::vector<int64_t>& counts, const std::vector<double>& fractions) {
-      // Per device one block: the norms of all tensors, their mask counts, their keep flags.
       std::map<int32_t, int64_t> channels;
       for (const View& view : views) channels[view.device] += view.slices.channels;
-      const int64_t doubles = mask_views.empty() ? 1 : 2;
       for (const auto& [device, count] : channels) {
-        rooms.try_emplace(device, device, count, doubles);
+        rooms.try_emplace(device, device, count, !mask_views.empty());
       }
       for (size_t i = 0; i < views.size(); ++i) {
-        const View& view = views[i];
-        Room& room = rooms.at(view.device);
-        const int64_t count = view.slices.channels;
-        double* norms = room.norms;
-        double* mask_counts = mask_views.empty() ? nullptr : room.norms + room.channels;
-        bool* flags = room.keep;
-        room.norms += count;
-        room.keep += count;
-        Steps& here = steps[view.device];
+        const auto& [tensor, type, slices, device] = views[i];
+        const auto place = rooms.at(device).take(slices.channels);
+        Steps& here = steps[device];
         here.order = order;
-        here.scores.push_back({view.tensor.const_data_ptr(), view.type, view.slices, norms});
-        if (mask_counts != nullptr) {
+        here.scores.push_back({tensor.const_data_ptr(), type, slices, place.norms});
+        if (!mask_views.empty()) {
           const View& mask = mask_views[i];
-          here.masks.push_back({mask.tensor.const_data_ptr(), mask.type, mask.slices, mask_counts});
+          here.masks.push_back(
+              {mask.tensor.const_data_ptr(), mask.type, mask.slices, place.mask_counts});
         }
-        here.selections.push_back({norms, mask_counts, count, counts[i], fractions[i], flags});
-        keep.push_back(flags);
+        here.selections.push_back(
+            {place.norms, place.mask_counts, slices.channels, counts[i], fractions[i], place.keep});
+        keep.push_back(place.keep);
       }
     }
   };
 
   static ZeroItem zero_item(const View& view, const bool* keep) {
-    return {keep, const_cast<void*>(view.tensor.const_data_ptr()), view.type, view.slices};
+    return {keep, view.tensor.mutable_data_ptr(), view.type, view.slices};
   }
 
   static std::vector<const bool*> checked_flags(const Tensors& keep,
@@ -339,7 +386,7 @@ class Ops {
     return tensor;
   }
 
-  static View view_along(Tensor tensor, int64_t dim) {
+  static View view_along(Tensor tensor, int64_t dim, bool in_place = false) {
     const auto sizes = tensor.sizes();
     const int64_t dims = static_cast<int64_t>(sizes.size());
     STD_TORCH_CHECK(dim >= -dims && dim < dims, "lnprune: expected a dim in [", -dims, ", ", dims,
@@ -347,6 +394,8 @@ class Ops {
     const ElementType type = element_type(tensor);
     const int32_t device = device_of(tensor);
     if (!is_dense(sizes.data(), tensor.strides().data(), dims)) {
+      STD_TORCH_CHECK(!in_place,
+                      "lnprune: expected a tensor without gaps or overlaps to write in place");
       tensor = torch::stable::clone(tensor);
     }
     const Slices slices = make_slices(tensor.sizes().data(), tensor.strides().data(), dims,
@@ -355,23 +404,32 @@ class Ops {
     return {std::move(tensor), type, slices, device};
   }
 
-  static std::vector<View> views_along(const Tensors& tensors, const std::vector<int64_t>& dims) {
+  static std::vector<View> views_along(const Tensors& tensors, const std::vector<int64_t>& dims,
+                                       bool in_place = false) {
     STD_TORCH_CHECK(tensors.size() == dims.size(), "lnprune: expected one dim per tensor, got ",
                     dims.size(), " for ", tensors.size());
     std::vector<View> views;
     views.reserve(tensors.size());
-    for (size_t i = 0; i < tensors.size(); ++i) views.push_back(view_along(tensors[i], dims[i]));
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      views.push_back(view_along(tensors[i], dims[i], in_place));
+    }
     return views;
   }
 
-  // Of tensors that are written in place, so that a dense copy would not do.
+  // Of tensors that are written in place. Called before any pointer is kept: a tensor that shares
+  // its memory until it is written moves to its own here.
   static std::vector<View> writable_views_along(const Tensors& tensors,
                                                 const std::vector<int64_t>& dims) {
-    for (const Tensor& tensor : tensors) {
-      STD_TORCH_CHECK(is_dense(tensor.sizes().data(), tensor.strides().data(), tensor.dim()),
-                      "lnprune: expected a tensor without gaps or overlaps to write in place");
-    }
-    return views_along(tensors, dims);
+    std::vector<View> views = views_along(tensors, dims, true);
+    std::vector<void*> blocks;
+    blocks.reserve(views.size());
+    for (const View& view : views) blocks.push_back(view.tensor.mutable_data_ptr());
+    const size_t unwritable = Backend::first_unwritable(blocks.data(), blocks.size());
+    STD_TORCH_CHECK(
+        unwritable == blocks.size(),
+        "lnprune: expected memory that can be written, got a read-only mapping as tensor ",
+        unwritable, " of ", blocks.size());
+    return views;
   }
 
   static std::vector<View> view_masks(const Tensors& masks, const std::vector<View>& scores,
@@ -417,11 +475,12 @@ class Ops {
     }
   }
 
-  static const double* norms_of(const Tensor& tensor) {
+  static const double* doubles_of(const Tensor& tensor, const char* what) {
     STD_TORCH_CHECK(
         tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 && tensor.is_contiguous(),
-        "lnprune: expected contiguous float64 norms with one dim, got ",
-        torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.dim());
+        "lnprune: expected contiguous float64 ", what, " with one dim, got ",
+        torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.dim(), " dims",
+        tensor.is_contiguous() ? "" : ", not contiguous");
     return static_cast<const double*>(tensor.const_data_ptr());
   }
 };
@@ -429,6 +488,8 @@ class Ops {
 // Registers a backend's kernels, each boxed by the macro of the stable ABI.
 #define LNPRUNE_IMPLEMENT_OPS(library, Backend)                                        \
   library.impl("channel_norms", TORCH_BOX(&lnprune::Ops<Backend>::channel_norms));     \
+  library.impl("channel_sums", TORCH_BOX(&lnprune::Ops<Backend>::channel_sums));       \
+  library.impl("norms_of_sums", TORCH_BOX(&lnprune::Ops<Backend>::norms_of_sums));     \
   library.impl("select_channels", TORCH_BOX(&lnprune::Ops<Backend>::select_channels)); \
   library.impl("write_masks", TORCH_BOX(&lnprune::Ops<Backend>::write_masks));         \
   library.impl("prune_channels", TORCH_BOX(&lnprune::Ops<Backend>::prune_channels));   \

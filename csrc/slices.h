@@ -1,4 +1,22 @@
 // The view of a dense tensor along one dim as [outer, channels, inner] in memory order.
+//
+// The words for its parts, here, in the kernels and in docs/:
+//   row     all that one index of `outer` holds: channels * inner elements side by side.
+//   run     the `inner` elements of one channel in one row, side by side too. A channel is `outer`
+//           runs. Where runs are long, the rank step sums along them.
+//   column  one place in a row: `outer` elements, each a row after the other. A channel is `inner`
+//           columns. Where runs are short, the rank step sums all columns of a row at once.
+//   chunk   some rows, or, where runs are very long, a part of the runs of one row. Each chunk has
+//           one partial result per channel. Its size follows from shape and dtype alone, so the
+//           order of a sum does too.
+//   strip   channels side by side. A task of the CPU or a block of the GPU reduces one strip of one
+//           chunk.
+//   lane    of the CPU: one of the 32 accumulators of a run, which takes every 32nd element. Of the
+//           GPU: one of the threads side by side along a run, or along the columns of a strip.
+//   group   of the GPU: the lanes that work on one row together; each group of a block has rows of
+//           its own. (In Python, group_size is another matter: channels that are kept or pruned
+//           together.)
+//   team    of the GPU, where channels are runs: all groups of one channel.
 #pragma once
 
 #include <cstdint>

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 import lnprune
+from lnprune.report import save_figure
 
 try:
     import matplotlib
@@ -270,7 +271,7 @@ def plot(path: pathlib.Path, weights: dict[str, Tensor], options: argparse.Names
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("all-MiniLM-L6-v2 in bfloat16: which channels have the largest norms", fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     pyplot.close(figure)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lnprune
+from lnprune.report import save_figure
 
 try:
     import matplotlib
@@ -360,7 +361,7 @@ def plot(path: pathlib.Path, outcomes: dict[tuple[float, str], Drift], unrelated
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("all-MiniLM-L6-v2 without retraining: what pruning its Linear layers does", fontsize=13)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     pyplot.close(figure)
 
 

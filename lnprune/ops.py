@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+import types
 import warnings
 from collections.abc import Sequence
 
@@ -16,8 +17,11 @@ __all__ = [
     "are_native",
     "build_info",
     "channel_norms",
+    "channel_sums",
     "has_cuda",
     "is_native",
+    "is_writable",
+    "norms_of_sums",
     "prune_channels",
     "prune_channels_",
     "select_channels",
@@ -28,7 +32,7 @@ __all__ = [
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
-def _load() -> dict[str, str]:
+def _load() -> types.ModuleType:
     try:
         from lnprune import _C
     except ImportError as error:
@@ -39,7 +43,7 @@ def _load() -> dict[str, str]:
             f"{torch.__version__}, needed: torch 2.11 or newer; the loader says: {error}). "
             f"Build it for this torch and this Python, in the source folder: {_REBUILD}"
         ) from error
-    return _C.build_info()
+    return _C
 
 
 def _load_cuda() -> str:
@@ -57,7 +61,8 @@ def _load_cuda() -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-_BUILD_INFO = _load()
+_C = _load()
+_BUILD_INFO = _C.build_info()
 _BUILD_INFO["cuda"] = _load_cuda()
 _HAS_CUDA = not _BUILD_INFO["cuda"].startswith("not ")
 
@@ -71,6 +76,18 @@ def build_info() -> dict[str, str]:
         ['compiler', 'cuda', 'instruction_set', 'torch']
     """
     return dict(_BUILD_INFO)
+
+
+def is_writable(address: int) -> bool:
+    """Whether the process may write to the memory at an address.
+
+    Example:
+        >>> import lnprune
+        >>> import torch
+        >>> lnprune.ops.is_writable(torch.zeros(4).data_ptr())
+        True
+    """
+    return _C.is_writable(address)
 
 
 def has_cuda() -> bool:
@@ -132,19 +149,30 @@ def are_native(a: Tensor, b: Tensor) -> bool:
 # No op has a derivative: autograd is passed by, so that inputs need no detaching.
 _library = torch.library.Library("lnprune", "IMPL")
 _OPS = (
-    *("channel_norms", "select_channels", "write_masks", "prune_channels"),
-    *("zero_channels_", "prune_channels_"),
+    *("channel_norms", "channel_sums", "norms_of_sums", "select_channels", "write_masks"),
+    *("prune_channels", "zero_channels_", "prune_channels_"),
 )
 for _name in _OPS:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 # Looked up once: an attribute chain per call costs as much as the smallest kernel.
 _channel_norms = torch.ops.lnprune.channel_norms.default
+_channel_sums = torch.ops.lnprune.channel_sums.default
+_norms_of_sums = torch.ops.lnprune.norms_of_sums.default
 _select_channels = torch.ops.lnprune.select_channels.default
 _write_masks = torch.ops.lnprune.write_masks.default
 _prune_channels = torch.ops.lnprune.prune_channels.default
 _zero_channels_ = torch.ops.lnprune.zero_channels_.default
 _prune_channels_ = torch.ops.lnprune.prune_channels_.default
+
+
+def _check_devices(*lists: list[Tensor]) -> None:
+    """Raises where every backend would: for meta tensors beside others the fake kernels are asked."""
+    types = sorted({tensor.device.type for tensors in lists for tensor in tensors})
+    if len(types) > 1:
+        raise RuntimeError(
+            f"lnprune: expected all tensors of a call on devices of one type, got {' and '.join(types)}"
+        )
 
 
 def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
@@ -158,11 +186,61 @@ def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> l
 
 
 @torch.library.register_fake("lnprune::channel_norms")
+@torch.library.register_fake("lnprune::channel_sums")
 def _(tensors: list[Tensor], dims: list[int], p: float) -> list[Tensor]:
+    _check_devices(tensors)
     return [
         tensor.new_empty(tensor.shape[dim], dtype=torch.float64)
         for tensor, dim in zip(tensors, dims, strict=True)
     ]
+
+
+def channel_sums(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
+    """What :func:`channel_norms` takes the root of: the sum of ``|x|**p`` of every slice.
+
+    For ``p = 0`` the count of elements that are not zero, for infinite orders the largest or the smallest
+    magnitude. The sums of parts of a slice, added (for infinite orders, the largest or the smallest of
+    them), are the sum of the whole; NaN in a slice makes its sum NaN, except for ``p = 0``.
+
+    Returns one float64 tensor of shape ``(channels,)`` per tensor. Not differentiable.
+
+    Example:
+        >>> import torch
+        >>> from lnprune import ops
+        >>> weight = torch.tensor([[3.0, 4.0], [0.0, -2.0]])
+        >>> ops.channel_sums([weight], [0], 2.0)
+        [tensor([25.,  4.], dtype=torch.float64)]
+    """
+    if not tensors:  # the dispatcher finds no backend in an empty list
+        return []
+    return _channel_sums(tensors, dims, p)
+
+
+def norms_of_sums(sums: Sequence[Tensor], p: float) -> list[Tensor]:
+    """The norms of order ``p`` of slices with these sums, which are contiguous float64 with one dim.
+
+    Of :func:`channel_sums`, exactly what :func:`channel_norms` gives. Sums are not negative; those of
+    orders 0, 1 and infinity are the norms.
+
+    Returns one new float64 tensor per tensor, of its shape. Not differentiable.
+
+    Example:
+        >>> import torch
+        >>> from lnprune import ops
+        >>> halves = torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [-2.0]])
+        >>> left, right = ops.channel_sums(halves, [0, 0], 2.0)
+        >>> ops.norms_of_sums([left + right], 2.0)
+        [tensor([5., 2.], dtype=torch.float64)]
+    """
+    if not sums:  # the dispatcher finds no backend in an empty list
+        return []
+    return _norms_of_sums(sums, p)
+
+
+@torch.library.register_fake("lnprune::norms_of_sums")
+def _(sums: list[Tensor], p: float) -> list[Tensor]:
+    _check_devices(sums)
+    return [torch.empty_like(tensor) for tensor in sums]
 
 
 def select_channels(
@@ -188,6 +266,7 @@ def select_channels(
 def _(
     norms: list[Tensor], mask_counts: list[Tensor], counts: list[int], fractions: list[float]
 ) -> list[Tensor]:
+    _check_devices(norms, mask_counts)
     return [torch.empty_like(norm, dtype=torch.bool) for norm in norms]
 
 
@@ -229,6 +308,7 @@ def _(
     originals: list[Tensor],
     dims: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
+    _check_devices(keep, scores, masks, originals)
     return _fake_masks(scores, masks, originals)
 
 
@@ -257,6 +337,7 @@ def _(
     counts: list[int],
     fractions: list[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
+    _check_devices(scores, masks, originals)
     return _fake_masks(scores, masks, originals)
 
 
@@ -273,7 +354,7 @@ def zero_channels_(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequ
 
 @torch.library.register_fake("lnprune::zero_channels_")
 def _(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> None:
-    return None
+    _check_devices(tensors, keep)
 
 
 def prune_channels_(
@@ -302,4 +383,4 @@ def _(
     counts: list[int],
     fractions: list[float],
 ) -> None:
-    return None
+    _check_devices(scores, weights)

@@ -7,17 +7,22 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Union
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "NAMED_ERRORS",
     "Parameters",
     "Patterns",
     "Weight",
+    "add_name",
+    "check_is_eager",
+    "check_shapes",
     "collect",
     "current_tensor",
-    "listed",
     "output_dim",
     "per_weight",
+    "placed",
 ]
 
 Pattern = Union[str, type]
@@ -33,24 +38,47 @@ _TYPES = tuple(kind for kinds, _, _ in _DIMS for kind in kinds)
 
 
 class Weight:
-    """One weight of a model: the modules where it is registered, and the dim of its channels.
+    """One weight, wherever it lives, and the dim of its channels.
 
-    ``names`` and ``places`` have an entry for each module that shares the weight. ``given_dim`` can count
-    from the last dim.
+    ``names`` has an entry for each module that shares the weight, and so has ``places``, module and
+    attribute; a weight that lives in no module has none. ``given_dim`` can count from the last dim.
     """
 
-    __slots__ = ("dim", "given_dim", "names", "places")
+    __slots__ = ("dim", "given_dim", "names", "places", "shape")
 
-    def __init__(self, name: str, place: tuple[nn.Module, str], dim: int, given_dim: int):
-        self.names = [name]
-        self.places = [place]
+    def __init__(
+        self,
+        names: Sequence[str],
+        shape: Sequence[int],
+        dim: int,
+        places: Sequence[tuple[nn.Module, str]] = (),
+        given_dim: int | None = None,
+    ):
+        self.names = list(names)
+        self.shape = tuple(shape)
         self.dim = dim
-        self.given_dim = given_dim
+        self.places = list(places)
+        self.given_dim = dim if given_dim is None else given_dim
 
     @property
     def name(self) -> str:
         """What the weight is called: its name at the first of its places."""
         return self.names[0]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.dim]
+
+
+# What a call on one of many parameters raises about it, as a rule.
+NAMED_ERRORS = (TypeError, ValueError, IndexError, RuntimeError)
+
+
+def add_name(error: Exception, name: str) -> None:
+    """Puts the name, where there is one, before the error's message."""
+    # In place, since not every type of exception can be made from a message alone.
+    if name and error.args and isinstance(error.args[0], str):
+        error.args = f"{name}: {error.args[0]}", *error.args[1:]
 
 
 def _is_pruned(module: nn.Module, attribute: str) -> bool:
@@ -58,8 +86,18 @@ def _is_pruned(module: nn.Module, attribute: str) -> bool:
     return attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers
 
 
+def check_is_eager(module: nn.Module) -> None:
+    """Refuses what torch's pruning refuses: a module of TorchScript."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError(
+            "Can't add a new parameter after ScriptModule construction: expected a module to prune before "
+            f"it is scripted or traced, got a {type(module).__name__}"
+        )
+
+
 def current_tensor(module: nn.Module, attribute: str, name: str) -> Tensor:
     """The parameter, or where it is pruned, the masked weight."""
+    check_is_eager(module)
     parameter = module._parameters.get(attribute)
     if parameter is not None:
         return parameter
@@ -159,7 +197,7 @@ def _in_model(
     return found
 
 
-def listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[tuple[str, nn.Module, str]]:
+def _listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[tuple[str, nn.Module, str]]:
     """Name, module and attribute of each pair."""
     if not isinstance(parameters, Iterable):
         raise TypeError(f"expected a module or pairs (module, name), got {type(parameters).__name__}")
@@ -215,7 +253,7 @@ def collect(
     elif include is not None or exclude is not None:
         raise TypeError("include and exclude choose among the weights of a module, got a list")
     else:
-        found = listed(parameters)
+        found = _listed(parameters)
     weights: list[Weight] = []
     tensors: list[Tensor] = []
     by_place: dict[tuple[int, str], str] = {}
@@ -229,8 +267,7 @@ def collect(
                 f"{type(module).__name__} as {by_place[place]}"
             )
         by_place[place] = name
-        if nn.parameter.is_lazy(tensor):
-            raise ValueError(f"{name}: expected a parameter with a shape, got one not initialised yet")
+        _check_has_shape(tensor, name)
         dims = tensor.dim()
         if dims < 2:
             raise ValueError(
@@ -248,7 +285,8 @@ def collect(
             )
         shared = by_identity.get(identity)
         if shared is None:
-            weight = by_identity[identity] = Weight(name, (module, attribute), along, given_dim)
+            weight = Weight([name], tensor.shape, along, [(module, attribute)], given_dim)
+            by_identity[identity] = weight
             weights.append(weight)
             tensors.append(tensor)
         elif shared.dim == along:
@@ -260,3 +298,53 @@ def collect(
                 f"and {shared.dim}: exclude one, or give the dims"
             )
     return weights, tensors
+
+
+def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
+    """The weights, which live in no module yet, where a model, or a list of pairs, has their names."""
+    names = [name for weight in weights for name in weight.names]
+    places: dict[str, tuple[nn.Module, str]] = {}
+    if isinstance(parameters, nn.Module):
+        owner = type(parameters).__name__
+        modules = dict(parameters.named_modules(remove_duplicate=False))
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            if path not in modules:
+                raise ValueError(f"{name}: {owner} has no module {path!r}: the plan is for another model")
+            places[name] = (modules[path], attribute)
+    else:
+        owner = "the list"
+        found = _listed(parameters)
+        if len(found) != len(names):
+            raise ValueError(f"expected the {len(names)} parameters that the plan is for, got {len(found)}")
+        places = {name: (module, attribute) for name, module, attribute in found}
+    shapes = {}
+    for name, place in places.items():
+        try:
+            tensor = current_tensor(*place, name)
+        except AttributeError as error:
+            raise ValueError(f"{error}: the plan is for another model") from None
+        _check_has_shape(tensor, name)
+        shapes[name] = tuple(tensor.shape)
+    check_shapes(weights, shapes, owner)
+    return [
+        Weight(weight.names, weight.shape, weight.dim, [places[name] for name in weight.names])
+        for weight in weights
+    ]
+
+
+def check_shapes(weights: Sequence[Weight], shapes: Mapping[str, Sequence[int]], owner: str) -> None:
+    """Raises ValueError where ``owner``, a model or a file, has not all of the weights in their shapes."""
+    for weight in weights:
+        for name in weight.names:
+            if name not in shapes:
+                raise ValueError(f"{name}: {owner} has no such parameter: the plan is for another model")
+            if tuple(shapes[name]) != weight.shape:
+                raise ValueError(
+                    f"{name}: the plan is for shape {weight.shape}, {owner} has {tuple(shapes[name])}"
+                )
+
+
+def _check_has_shape(tensor: Tensor, name: str) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{name}: expected a parameter with a shape, got one not initialised yet")

@@ -3,57 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import copyreg
 from collections.abc import Iterator
 from typing import Any
 
-from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
-from torch.nn.utils.prune import ln_structured as stock_ln_structured
 
-from lnprune.prune import LnStructured, ln_structured
+from lnprune.masks import compute_mask
+from lnprune.prune import apply
 
 __all__ = ["patch"]
 
-_HOME = LnStructured.__module__
+_stock_methods = {name: vars(StockLnStructured)[name] for name in ("apply", "compute_mask")}
 _depth = 0
 
 
-def _reduce_stock(method: Any) -> Any:
-    """Pickles torch's class by its name, under which, for now, lnprune's is found."""
-    rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
-    return rebuild, (LnStructured, object, None), method.__dict__
+def _apply(
+    cls: Any, module: Any, name: Any, amount: Any, n: Any, dim: Any, importance_scores: Any = None
+) -> Any:
+    if cls is StockLnStructured:
+        return apply(module, name, amount, n, dim, importance_scores)
+    # A subclass is installed as itself, and may choose channels its own way.
+    return _stock_methods["apply"].__func__(cls, module, name, amount, n, dim, importance_scores)
 
 
-def _deepcopy(method: Any, memo: dict[int, Any]) -> Any:
-    """A copy of torch's class, which by the table of pickle would be one of lnprune's."""
-    kind: Any = StockLnStructured if type(method) is LnStructured else type(method)
-    copied = memo[id(method)] = kind.__new__(kind)
-    copied.__dict__.update(copy.deepcopy(method.__dict__, memo))
-    return copied
+_native_methods = {"apply": classmethod(_apply), "compute_mask": compute_mask}
 
 
 def _enter() -> None:
     global _depth
-    if _depth == 0:
-        stock.ln_structured = ln_structured
-        stock.LnStructured = LnStructured  # type: ignore[misc]
-        LnStructured.__module__ = stock.__name__
-        copyreg.pickle(StockLnStructured, _reduce_stock)
-        StockLnStructured.__deepcopy__ = _deepcopy  # type: ignore[attr-defined]
     _depth += 1
+    if _depth == 1:
+        for name, method in _native_methods.items():
+            setattr(StockLnStructured, name, method)
 
 
 def _exit() -> None:
     global _depth
     _depth -= 1
     if _depth == 0:
-        stock.ln_structured = stock_ln_structured
-        stock.LnStructured = StockLnStructured  # type: ignore[misc]
-        LnStructured.__module__ = _HOME
-        del copyreg.dispatch_table[StockLnStructured]
-        del StockLnStructured.__deepcopy__  # type: ignore[attr-defined]
+        for name, method in _stock_methods.items():
+            setattr(StockLnStructured, name, method)
 
 
 @contextlib.contextmanager
@@ -66,12 +55,12 @@ def _patched() -> Iterator[None]:
 
 
 def patch(permanently: bool = False) -> contextlib.AbstractContextManager[None]:
-    """Makes ``torch.nn.utils.prune.ln_structured`` and ``LnStructured`` lnprune's.
+    """Makes ``torch.nn.utils.prune.ln_structured`` and ``LnStructured`` prune as lnprune's do.
 
     For the whole process, all its threads: ``with lnprune.patch(): ...`` for the block, or
-    ``lnprune.patch(permanently=True)`` once. Torch's ``ln_structured`` looks for the class in its module,
-    so where it was imported before it is native too; a class imported before stays torch's. Models that are
-    pickled inside load without lnprune.
+    ``lnprune.patch(permanently=True)`` once. The methods ``apply`` and ``compute_mask`` of torch's own
+    class are exchanged, which torch's ``ln_structured`` calls too: what was imported before, and every
+    subclass, is native as well, and no object or pickle differs from torch's.
 
     Args:
         permanently: patch now and for good, with no block.
@@ -81,12 +70,14 @@ def patch(permanently: bool = False) -> contextlib.AbstractContextManager[None]:
 
     Example:
         >>> import lnprune
-        >>> import torch.nn.utils.prune
+        >>> import torch
+        >>> from torch.nn.utils.prune import ln_structured
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 1e-6]]).bfloat16()  # of equal norm to torch
+        >>> module = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+        >>> module.weight = torch.nn.Parameter(weight)
         >>> with lnprune.patch():
-        ...     torch.nn.utils.prune.ln_structured is lnprune.ln_structured
-        True
-        >>> torch.nn.utils.prune.ln_structured is lnprune.ln_structured
-        False
+        ...     ln_structured(module, "weight", amount=1, n=1, dim=0).weight_mask[:, 0]
+        tensor([0., 1.], dtype=torch.bfloat16)
     """
     if permanently:
         _enter()

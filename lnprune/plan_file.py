@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import numbers
 import os
 import pathlib
-from collections.abc import Mapping
+import reprlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, NamedTuple
+
+from lnprune.atomic_file import replacing
+from lnprune.selection import LEAST, WORDS
 
 __all__ = ["PlanEntry", "SavedPlan", "document", "read", "write"]
 
 _FORMAT = "lnprune plan"
 _VERSION = 1
+# Numbers that JSON has no word for, as the file spells them.
+_NOT_FINITE = ("inf", "-inf", "nan")
+_MATRIX_NORMS = ("fro", "nuc")
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -75,35 +86,33 @@ def document(
 
 
 def write(path: str | os.PathLike[str], head: dict[str, Any]) -> None:
-    """Writes a document as JSON, a line for each parameter, since lists of channels are long."""
+    """Writes a document as JSON, whole or not at all; a line for each parameter, as channels are many."""
     head = dict(head)
     lines = ",\n  ".join(json.dumps(values, allow_nan=False) for values in head.pop("parameters"))
     start = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
     text = f'{start},\n "parameters": [\n  {lines}\n ]\n}}\n'
-    pathlib.Path(path).write_text(text, encoding="utf-8")
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def read(path: str | os.PathLike[str]) -> SavedPlan:
-    """Reads a file and checks every field of it; raises ValueError with the path."""
+    """Reads a file and checks every field of it; raises ValueError with the path and the field."""
     try:
         saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected a plan as JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected a plan as JSON: it is nested too deeply") from None
     if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected JSON of the format {_FORMAT!r}")
-    if saved.get("version") != _VERSION:
-        raise ValueError(f"{path}: expected version {_VERSION} of a plan, got {saved.get('version')!r}")
-    try:
-        entries, names = _entries_of(saved)
-        n, selection = _typed(saved, "n", str, int, float, bool, NoneType), _typed(saved, "selection", dict)
-        for key in ("amount", "group_size"):
-            selection[key]
-    except (KeyError, TypeError, ValueError) as error:
-        trouble = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: the plan is damaged: {trouble}") from error
-    if n in ("inf", "-inf"):
-        n = float(n)
-    return SavedPlan(n, selection, entries, names, [values["pruned"] for values in saved["parameters"]])
+    version = saved.get("version")
+    if type(version) is not int or version != _VERSION:
+        raise ValueError(f"{path}: expected version {_VERSION} of a plan, got {reprlib.repr(version)}")
+    with _named(f"{path}: the plan is damaged: "):
+        n, selection = _order(saved), _typed(saved, "selection", dict)
+        with _named("selection."):
+            selection = _selection_of(selection)
+        return SavedPlan(n, selection, *_parameters_of(saved))
 
 
 def _plain(value: Any) -> Any:
@@ -117,53 +126,125 @@ def _plain(value: Any) -> Any:
     return float(value) if math.isfinite(value) else str(float(value))
 
 
-def _typed(values: Any, key: str, *kinds: type) -> Any:
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Inside, a ValueError names a field of this place of the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from None
+
+
+def _typed(values: dict[str, Any], key: str, *kinds: type) -> Any:
     """The value of a key, which is of one of these types."""
+    if key not in values:
+        raise ValueError(f"{key}: it is missing")
     value = values[key]
     if type(value) not in kinds:
-        raise TypeError(f"{key}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+        raise ValueError(
+            f"{key}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {reprlib.repr(value)}"
+        )
+    if (type(value) is float and not math.isfinite(value)) or (
+        type(value) is int and abs(value) > _LARGEST
+    ):
+        raise ValueError(f"{key}: expected a finite number, got {reprlib.repr(value)}")
     return value
 
 
-def _list_of(values: Any, key: str, kind: type) -> list[Any]:
+def _count(values: dict[str, Any], key: str, least: int = 0) -> int:
+    count: int = _typed(values, key, int)
+    if count < least:
+        raise ValueError(f"{key}: expected {least} or more, got {reprlib.repr(count)}")
+    return count
+
+
+def _word(values: dict[str, Any], key: str, known: Iterable[str]) -> str:
+    word: str = _typed(values, key, str)
+    if word not in known:
+        raise ValueError(f"{key}: expected {' or '.join(map(repr, known))}, got {reprlib.repr(word)}")
+    return word
+
+
+def _list_of(values: dict[str, Any], key: str, kind: type) -> list[Any]:
     found: list[Any] = _typed(values, key, list)
     for value in found:
         if type(value) is not kind:
-            raise TypeError(f"{key}: expected a list of {kind.__name__}, got {value!r} in it")
+            raise ValueError(f"{key}: expected a list of {kind.__name__}, got {reprlib.repr(value)} in it")
     return found
 
 
-def _number(values: Any, key: str) -> float | None:
+def _number(values: dict[str, Any], key: str) -> float | None:
     value = _typed(values, key, float, int, str, NoneType)
+    if isinstance(value, str):
+        _word(values, key, _NOT_FINITE)
     return None if value is None else float(value)
 
 
-def _entries_of(saved: dict[str, Any]) -> tuple[list[PlanEntry], list[list[str]]]:
-    """The entries of a plan that was read, and the names of each parameter."""
-    entries, names = [], []
-    for values in _typed(saved, "parameters", list):
-        entry = PlanEntry(
-            _typed(values, "name", str),
-            tuple(_list_of(values, "shape", int)),
-            _typed(values, "dim", int),
-            _typed(values, "channels", int),
-            _typed(values, "kept", int),
-            _number(values, "norm_at_cut"),
-            _number(values, "margin"),
-            _typed(values, "parameters_removed", int),
+def _order(values: dict[str, Any]) -> Any:
+    """The order n of a plan's norms."""
+    n = _typed(values, "n", str, int, float, bool, NoneType)
+    if isinstance(n, str):
+        _word(values, "n", (*_MATRIX_NORMS, *_NOT_FINITE))
+    return float(n) if n in _NOT_FINITE else n
+
+
+def _selection_of(values: dict[str, Any]) -> dict[str, Any]:
+    """What was selected, without what later versions say of it."""
+    amount = _typed(values, "amount", int, float, bool, dict)
+    with _named("amount." if isinstance(amount, dict) else ""):
+        amounts = amount if isinstance(amount, dict) else values
+        for key in amount if isinstance(amount, dict) else ("amount",):
+            share = _typed(amounts, key, int, float, bool)
+            if share < 0 or (type(share) is float and share > 1):
+                raise ValueError(f"{key}: expected a count, or a share from 0 to 1, got {share}")
+    selection = {"amount": amount}
+    for key, known in WORDS.items():
+        if key in values:
+            selection[key] = _word(values, key, known)
+    for key, least in LEAST.items():
+        if key in values or key == "group_size":
+            selection[key] = _count(values, key, least)
+    return selection
+
+
+def _entry_of(values: dict[str, Any]) -> tuple[PlanEntry, list[str], list[int]]:
+    """One parameter's entry, all of its names, and its pruned channels."""
+    entry = PlanEntry(
+        _typed(values, "name", str),
+        tuple(_list_of(values, "shape", int)),
+        _count(values, "dim"),
+        _count(values, "channels"),
+        _count(values, "kept"),
+        _number(values, "norm_at_cut"),
+        _number(values, "margin"),
+        _count(values, "parameters_removed"),
+    )
+    names = [entry.name, *_list_of(values, "shared_with", str)]
+    shape, channels, pruned = entry.shape, entry.channels, _list_of(values, "pruned", int)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape: expected sizes of 0 or more, got {reprlib.repr(shape)}")
+    if entry.dim >= len(shape) or shape[entry.dim] != channels:
+        raise ValueError(
+            f"channels: expected those of shape {reprlib.repr(shape)} along dim {reprlib.repr(entry.dim)}, "
+            f"got {reprlib.repr(channels)}"
         )
+    if not all(0 <= i < channels for i in pruned):
+        raise ValueError(f"pruned: expected indices of the {channels} channels, got others")
+    if len(set(pruned)) != channels - entry.kept or len(set(pruned)) != len(pruned):
+        raise ValueError(f"pruned: {len(pruned)} of {channels} channels do not leave the {entry.kept} kept")
+    return entry, names, pruned
+
+
+def _parameters_of(saved: dict[str, Any]) -> tuple[list[PlanEntry], list[list[str]], list[list[int]]]:
+    """The entries of a plan, the names of each parameter, and the pruned channels of each."""
+    entries, names, pruned = [], [], []
+    for i, values in enumerate(_list_of(saved, "parameters", dict)):
+        with _named(f"parameters[{i}]."):
+            entry, known, indices = _entry_of(values)
         entries.append(entry)
-        names.append([entry.name, *_list_of(values, "shared_with", str)])
-        shape, channels, pruned = entry.shape, entry.channels, _list_of(values, "pruned", int)
-        if not 0 <= entry.dim < len(shape) or shape[entry.dim] != channels:
-            raise ValueError(f"{entry.name}: {channels} channels are not those of {shape}, dim {entry.dim}")
-        if not all(0 <= i < channels for i in pruned):
-            raise ValueError(f"{entry.name}: indices of pruned channels beyond its {channels}")
-        if len(set(pruned)) != channels - entry.kept or len(set(pruned)) != len(pruned):
-            raise ValueError(
-                f"{entry.name}: {len(pruned)} pruned channels of {channels} do not leave {entry.kept}"
-            )
-    known = [name for group in names for name in group]
-    if len(set(known)) != len(known):
-        raise ValueError(f"{next(name for name in known if known.count(name) > 1)}: is there twice")
-    return entries, names
+        names.append(known)
+        pruned.append(indices)
+    for name, count in Counter(name for known in names for name in known).items():
+        if count > 1:
+            raise ValueError(f"parameters: {name!r} is there {count} times")
+    return entries, names, pruned

@@ -1,223 +1,32 @@
-"""ln_structured and LnStructured: validation, the choice of a path, and the mask by it."""
+"""ln_structured, LnStructured, channel_norms, channel_mask: the drop-in, a list of one."""
 
 from __future__ import annotations
 
 import copyreg
 import operator
-import sys
 from typing import Any, Union
 
-import torch
+import torch.nn.utils.prune as stock
 from torch import Tensor, nn
-from torch.nn.utils import prune as stock
-from torch.nn.utils.prune import LnStructured as _StockLnStructured  # whatever patch() does to the module
+from torch.nn.utils.prune import LnStructured as StockLnStructured
 
-from lnprune import ops, reference
-from lnprune.registration import Pruning, Snapshot, masked
+from lnprune import masks, norms
+from lnprune.application import Target, install
+from lnprune.masks import Amount
+from lnprune.transaction import Snapshot, Transaction
 
-__all__ = [
-    "LnStructured",
-    "can_fuse",
-    "channel_mask",
-    "channel_norms",
-    "contiguous_mask",
-    "ln_mask",
-    "ln_structured",
-    "native_order",
-    "pruned_count",
-]
+__all__ = ["LnStructured", "Order", "apply", "channel_mask", "channel_norms", "ln_structured"]
 
-Amount = Union[int, float]
 Order = Union[int, float, str, None]
 
-# From this many bytes on, on the CPU, a masked weight written together with its mask saves more than it
-# costs to hand it to autograd. On CUDA it saves a launch.
-_FUSED_BYTES = 1 << 20
 
-
-def native_order(n: Any) -> float | None:
-    """The order of the norm as a float, or None where plain torch is to judge it."""
-    if type(n) is float or type(n) is int or isinstance(n, bool):
-        try:
-            p = float(n)
-        except OverflowError:
-            return None
-        # NaN, and orders so small that their inverse is not finite, are left to torch.
-        return p if p == 0 or abs(p) > sys.float_info.min else None
-    if n is None or (isinstance(n, str) and n == "fro"):
-        return 2.0
-    if isinstance(n, str | complex):
-        return None
-    try:  # numpy scalars and 0-d tensors, where torch takes them
-        torch.norm(torch.ones(1), p=n, dim=[0])
-        return native_order(float(n))
-    except (TypeError, RuntimeError, ValueError):
-        return None
-
-
-def pruned_count(tensor: Tensor, amount: Amount, dim: int) -> int:
-    """How many channels to prune, after the reference's checks in the reference's order."""
-    if tensor.dim() < 2:
-        stock._validate_structured_pruning(tensor)
-    stock._validate_pruning_dim(tensor, dim)
-    channels = tensor.shape[dim]
-    if type(amount) is float:
-        return round(amount * channels)
-    count = stock._compute_nparams_toprune(amount, channels)
-    stock._validate_pruning_amount(count, channels)
-    return int(count)
-
-
-def _keep_flags(scores: Tensor, n: Any, dim: int, count: int) -> Tensor:
-    """Rank and select: bool keep flags of shape ``(channels,)``."""
-    if reference.ranks_like_torch():
-        return reference.torch_keep_channels(scores, n, dim, count)
-    p = native_order(n)
-    if p is not None and ops.is_native(scores):
-        norms = ops.channel_norms([scores], [dim], p)
-        return ops.select_channels(norms, [], [count], [0.0])[0]
-    return reference.keep_channels(reference.channel_norms(scores, n, dim), count)
-
-
-def _check_order(scores: Tensor, n: Any, dim: int) -> None:
-    """Raises what the norm would raise, for calls that prune nothing and so need no norm."""
-    if reference.ranks_like_torch():
-        stock._compute_norm(scores.detach(), n, dim)
-    elif native_order(n) is None or not ops.is_native(scores):
-        reference.channel_norms(scores, n, dim)
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride())
-
-
-def _has_standard_strides(tensor: Tensor) -> bool:
-    """Whether the strides are those of a fresh contiguous tensor, in dims of size 1 too."""
-    if 1 not in tensor.shape:
-        return tensor.is_contiguous()
-    return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
-
-
-def contiguous_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask in a dtype, with the strides that a clone in contiguous format has."""
-    mask = mask.detach().to(dtype)
-    return mask if _has_standard_strides(mask) else mask.clone(memory_format=torch.contiguous_format)
-
-
-def _product_keeps_strides(original: Tensor) -> bool:
-    """Whether torch's ``mask * original``, of two tensors with these strides, has them as well."""
-    if _has_standard_strides(original):
-        return True
-    # empty_like keeps the strides of dense tensors, and of no others; a product recomputes those of
-    # dims of size 1.
-    return (
-        1 not in original.shape and original.stride() == torch.empty_like(original, device="meta").stride()
-    )
-
-
-def can_fuse(layout: Tensor, original: Tensor) -> bool:
-    """Whether the native code can write the weight together with a mask of this layout."""
-    return (
-        ops.are_native(layout, original)
-        and _same_layout(layout, original)
-        and _product_keeps_strides(original)
-    )
-
-
-def _fused_original(layout: Tensor, original: Tensor) -> list[Tensor]:
-    """The original as the write step takes it, if the weight is worth writing there."""
-    worth = original.is_cuda or original.numel() * original.element_size() >= _FUSED_BYTES
-    return [original] if worth and can_fuse(layout, original) else []
-
-
-def _first_mask(
-    scores: Tensor, original: Tensor, amount: Amount, n: Any, dim: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The mask of a first pruning, and the masked weight where the native code made it too."""
-    if not ops.are_native(scores, original):
-        # Before the checks, as in torch: what cannot have a mask of ones fails here.
-        ones = torch.ones_like(original, requires_grad=False)
-        method = LnStructured(amount, n, dim)
-        return method.compute_mask(scores, ones), []
-    count = pruned_count(scores, amount, dim)
-    if count == 0:
-        _check_order(scores, n, dim)
-        return torch.ones_like(original, requires_grad=False), []
-    dim = operator.index(dim)
-    originals = _fused_original(scores, original)
-    p = None if reference.ranks_like_torch() else native_order(n)
-    if p is None:
-        keep = _keep_flags(scores, n, dim, count)
-        masks, weights = ops.write_masks([keep], [scores], [], originals, [dim])
-    else:
-        masks, weights = ops.prune_channels([scores], [], originals, [dim], p, [count], [0.0])
-    return masks[0], weights
-
-
-def _repeated_mask(
-    scores: Tensor, old_mask: Tensor, original: Tensor, amount: Amount, n: Any, dim: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The mask of a repeated pruning, over the channels that are not all zero yet."""
-    p = None if reference.ranks_like_torch() else native_order(n)
-    dims = scores.dim()
-    if (
-        p is None
-        or dims < 2
-        or type(dim) is not int
-        or not -dims <= dim < dims
-        or not ops.are_native(scores, old_mask)
-        or old_mask.shape != scores.shape
-    ):
-        method = LnStructured(amount, n, dim)
-        method._tensor_name = ""  # the container asks only that its methods agree
-        container = stock.PruningContainer(method)
-        default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)
-        return container.compute_mask(scores, default_mask), []
-
-    mask = contiguous_mask(old_mask, scores.dtype)
-    if type(amount) is float and amount == amount:
-        count, fraction = -1, amount
-    else:
-        counts = ops.channel_norms([mask], [dim], 0.0)[0]
-        alive = int(torch.count_nonzero(counts))
-        count, fraction = stock._compute_nparams_toprune(amount, alive), 0.0
-        stock._validate_pruning_amount(count, alive)
-    originals = _fused_original(mask, original)
-    masks, weights = ops.prune_channels([scores], [mask], originals, [dim], p, [int(count)], [fraction])
-    return masks[0], weights
-
-
-def ln_mask(pruning: Pruning) -> tuple[Tensor, list[Tensor]]:
-    """The new mask by an ``LnStructured``, and the masked weight where the native code made it too."""
-    new = pruning.new
-    if pruning.old_mask is None:
-        return _first_mask(pruning.scores, pruning.original, new.amount, new.n, new.dim)
-    if pruning.combines_as_torch():
-        return _repeated_mask(
-            pruning.scores, pruning.old_mask, pruning.original, new.amount, new.n, new.dim
-        )
-    default_mask = pruning.old_mask.detach().clone(memory_format=torch.contiguous_format)
-    return pruning.method.compute_mask(pruning.scores, default_mask=default_mask), []
-
-
-def _install(
-    module: nn.Module,
-    name: str,
-    amount: Amount,
-    n: Any,
-    dim: int,
-    importance_scores: Tensor | None,
+def apply(
+    module: nn.Module, name: str, amount: Amount, n: Any, dim: int, importance_scores: Tensor | None
 ) -> Any:
     """``BasePruningMethod.apply`` for Ln norms: all of it, or, where it raises, nothing."""
-    snapshot = Snapshot(module)
-    try:
-        pruning = Pruning(module, name, lambda: _StockLnStructured(amount, n, dim), importance_scores)
-        mask, products = ln_mask(pruning)
-        pruning.finish(mask, masked(mask, pruning.original, products))
-    except BaseException:
-        snapshot.restore()
-        raise
-    return pruning.method
+    with Transaction() as transaction:
+        target = Target("", module, name, dim, amount, None, importance_scores)
+        return install(transaction, [target], n)[0].method
 
 
 def ln_structured(
@@ -275,11 +84,11 @@ def ln_structured(
 
     The definition is that of :func:`torch.nn.utils.prune.ln_structured`.
     """
-    _install(module, name, amount, n, dim, importance_scores)
+    apply(module, name, amount, n, dim, importance_scores)
     return module
 
 
-class LnStructured(_StockLnStructured):
+class LnStructured(StockLnStructured):
     """:class:`torch.nn.utils.prune.LnStructured` with native ``apply``, ``prune`` and ``compute_mask``.
 
     Usable wherever torch takes a ``BasePruningMethod``, in a ``PruningContainer`` too, and subclassable.
@@ -307,7 +116,7 @@ class LnStructured(_StockLnStructured):
     @classmethod
     def __subclasshook__(cls, other: type) -> Any:
         # The hooks that apply() installs, torch's, are instances of this class too.
-        return True if cls is LnStructured and _StockLnStructured in other.__mro__ else NotImplemented
+        return True if cls is LnStructured and StockLnStructured in other.__mro__ else NotImplemented
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The mask that zeroes the last-ranking channels of ``t``, on top of ``default_mask``.
@@ -323,15 +132,7 @@ class LnStructured(_StockLnStructured):
         Raises:
             As :func:`ln_structured`.
         """
-        count = pruned_count(t, self.amount, self.dim)
-        if count == 0:
-            _check_order(t, self.n, self.dim)
-            return default_mask
-        keep = _keep_flags(t, self.n, self.dim, count)
-        if ops.are_native(t, default_mask) and _has_standard_strides(t) and default_mask.shape == t.shape:
-            mask = contiguous_mask(default_mask, t.dtype)
-            return ops.write_masks([keep], [t], [mask], [], [operator.index(self.dim)])[0][0]
-        return reference.write_mask(keep, t, default_mask, self.dim)
+        return masks.compute_mask(self, t, default_mask)
 
     @classmethod
     def apply(  # type: ignore[override]
@@ -345,7 +146,7 @@ class LnStructured(_StockLnStructured):
     ) -> stock.BasePruningMethod:
         """Prunes as :func:`ln_structured` does and returns the hook that was installed."""
         if cls is LnStructured:
-            return _install(module, name, amount, n, dim, importance_scores)
+            return apply(module, name, amount, n, dim, importance_scores)
         snapshot = Snapshot(module)
         try:
             return super().apply(module, name, amount, n, dim, importance_scores)
@@ -389,10 +190,7 @@ def channel_norms(tensor: Tensor, n: Order, dim: int) -> Tensor:
     stock._validate_structured_pruning(tensor)
     stock._validate_pruning_dim(tensor, dim)
     tensor.shape[dim]  # raises where dim is below the range
-    p = native_order(n)
-    if p is not None and ops.is_native(tensor):
-        return ops.channel_norms([tensor], [operator.index(dim)], p)[0]
-    return reference.channel_norms(tensor, n, dim)
+    return norms.channel_norms([tensor], n, [operator.index(dim)])[0]
 
 
 def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
@@ -418,5 +216,4 @@ def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
         tensor([ True, False,  True])
     """
     stock._validate_pruning_amount_init(amount)
-    count = pruned_count(tensor, amount, dim)
-    return _keep_flags(tensor, n, dim, count)
+    return masks.keep_flags(tensor, n, dim, masks.pruned_count(tensor, amount, dim))

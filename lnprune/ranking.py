@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lnprune import ops, reference
+from lnprune import reference
+from lnprune.masks import Amount, is_wrapper
+from lnprune.norms import channel_norms, native_order, nonzero_counts
 from lnprune.parameters import Parameters, Patterns, Weight, collect, per_weight
 from lnprune.plan import Plan
-from lnprune.prune import Amount, Order, native_order
-from lnprune.selection import Arrangement, Layers
+from lnprune.prune import Order
+from lnprune.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
 
 __all__ = ["Ranking", "rank", "scores_of"]
+
+_TOO_MANY = 2**31  # channels: products of two such numbers fit 64 bits
 
 
 def scores_of(
@@ -49,36 +54,6 @@ def scores_of(
             )
         scores[i] = score
     return scores
-
-
-def _norms(tensors: list[Tensor], weights: list[Weight], n: Any) -> list[Tensor]:
-    """The norms of every channel, by one native call for each device; others through plain torch."""
-    p = native_order(n)
-    norms: list[Tensor | None] = [None] * len(tensors)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if p is not None and ops.is_native(tensor):
-            by_device.setdefault(tensor.device, []).append(i)
-            continue
-        try:
-            norms[i] = reference.channel_norms(tensor, n, weights[i].dim)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise type(error)(f"{weights[i].name}: {error}") from error
-    for indices in by_device.values():
-        dims = [weights[i].dim for i in indices]
-        found = ops.channel_norms([tensors[i] for i in indices], dims, p)  # type: ignore[arg-type]
-        for i, norm in zip(indices, found, strict=True):
-            norms[i] = norm
-    return norms  # type: ignore[return-value]
-
-
-def _mask_counts(masks: list[Tensor], weights: list[Weight]) -> list[Tensor]:
-    """How many elements of each channel's mask are not zero. Masks of other methods can be of any dtype."""
-    return _norms(
-        [mask if mask.is_floating_point() or mask.is_complex() else (mask != 0).float() for mask in masks],
-        weights,
-        0,
-    )
 
 
 def rank(
@@ -135,18 +110,16 @@ def rank(
             "ln_structured or local_structured, or rank outside of it"
         )
     weights, tensors = collect(parameters, dim, include, exclude)
-    norms = _norms(scores_of(weights, tensors, importance_scores), weights, n)
-    masked: list[int] = []
-    masks = []
+    dims = [weight.dim for weight in weights]
+    names = [weight.name for weight in weights]
+    norms = channel_norms(scores_of(weights, tensors, importance_scores), n, dims, names)
+    masks: dict[int, Tensor] = {}
     for i, weight in enumerate(weights):
         module, attribute = weight.places[0]
         if attribute not in module._parameters:
-            mask = module._buffers[attribute + "_mask"]
-            assert mask is not None
-            masked.append(i)
-            masks.append(mask)
-    counts = dict(zip(masked, _mask_counts(masks, [weights[i] for i in masked]), strict=True))
-    return Ranking(weights, [tuple(t.shape) for t in tensors], n, norms, counts)
+            masks[i] = module._buffers[attribute + "_mask"]  # type: ignore[assignment]
+    counts = nonzero_counts(list(masks.values()), [dims[i] for i in masks])
+    return Ranking(weights, n, norms, dict(zip(masks, counts, strict=True)))
 
 
 class Ranking:
@@ -154,17 +127,15 @@ class Ranking:
 
     def __init__(
         self,
-        weights: list[Weight],
-        shapes: list[tuple[int, ...]],
+        weights: Sequence[Weight],
         n: Any,
-        norms: list[Tensor],
-        mask_counts: dict[int, Tensor],
+        norms: Sequence[Tensor],  # float64, of the channels of each weight
+        mask_counts: Mapping[int, Tensor] | None = None,  # of pruned weights: nonzero mask elements
     ):
         self.n = n
         self._weights = weights
-        self._shapes = shapes
         self._norms = norms
-        self._mask_counts = mask_counts  # of pruned parameters: nonzero mask elements of each channel
+        self._mask_counts = mask_counts or {}
         self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
 
     @property
@@ -189,15 +160,22 @@ class Ranking:
         for weight, norms in zip(self._weights, self._norms, strict=True):
             if norms.is_meta:
                 raise ValueError(f"{weight.name}: is on the device meta, where norms have no values")
+            if is_wrapper(norms):
+                raise RuntimeError(
+                    f"{weight.name}: expected norms that hold their own values, to select by, got a "
+                    f"{type(norms).__name__}: prune with ln_structured or local_structured"
+                )
         channels = [norms.numel() for norms in self._norms]
         sizes = [
-            torch.Size(shape).numel() // count if count else 0
-            for shape, count in zip(self._shapes, channels, strict=True)
+            math.prod(weight.shape) // count if count else 0
+            for weight, count in zip(self._weights, channels, strict=True)
         ]
         alive = None
         if self._mask_counts:
             flags = [
-                self._mask_counts[i] != 0 if i in self._mask_counts else torch.ones(count, dtype=torch.bool)
+                self._mask_counts[i] != 0
+                if i in self._mask_counts
+                else torch.ones(count, dtype=torch.bool, device="cpu")
                 for i, count in enumerate(channels)
             ]
             alive = _on_cpu(flags, torch.bool)
@@ -208,9 +186,9 @@ class Ranking:
     def select(
         self,
         amount: Amount | Mapping[str, Amount],
-        scope: str = "local",
-        of: str = "channels",
-        normalize: str = "size",
+        scope: Scope = "local",
+        of: Of = "channels",
+        normalize: Normalize = "size",
         min_channels: int = 1,
         multiple_of: int = 1,
         group_size: int = 1,
@@ -260,30 +238,23 @@ class Ranking:
             >>> sum(kept), [count % 4 for count in kept]
             (24, [0, 0])
         """
-        for word, given, known in (
-            ("scope", scope, ("local", "global")),
-            ("of", of, ("channels", "parameters")),
-            ("normalize", normalize, ("size", "layer", "none")),
-        ):
-            if given not in known:
-                raise ValueError(f"{word}: expected {' or '.join(map(repr, known))}, got {given!r}")
-        for word, number, least in (
-            ("min_channels", min_channels, 0),
-            ("multiple_of", multiple_of, 1),
-            ("group_size", group_size, 1),
-        ):
+        words: dict[str, str] = {"scope": scope, "of": of, "normalize": normalize}
+        for option, word in words.items():
+            if word not in WORDS[option]:
+                raise ValueError(
+                    f"{option}: expected {' or '.join(map(repr, WORDS[option]))}, got {word!r}"
+                )
+        numbers = {"min_channels": min_channels, "multiple_of": multiple_of, "group_size": group_size}
+        for option, number in numbers.items():
             if type(number) is not int:
-                raise TypeError(f"{word}: expected an int, got {number!r}")
-            if number < least:
-                raise ValueError(f"{word}: expected {least} or more, got {number}")
-        options = {
-            "scope": scope,
-            "of": of,
-            "normalize": normalize if scope == "global" else "none",
-            "min_channels": min_channels,
-            "multiple_of": multiple_of,
-            "group_size": group_size,
-        }
+                raise TypeError(f"{option}: expected an int, got {number!r}")
+            if number < LEAST[option]:
+                raise ValueError(f"{option}: expected {LEAST[option]} or more, got {number}")
+            if number >= _TOO_MANY:
+                raise ValueError(f"{option}: expected less than {_TOO_MANY}, got {number}")
+        if scope == "local":
+            words["normalize"] = "none"
+        options = {**words, **numbers}
         key = (str(options["normalize"]), group_size, multiple_of, min_channels)
         arrangement = self._arrangements.get(key)
         if arrangement is None:
@@ -295,15 +266,15 @@ class Ranking:
             raise TypeError("amount: expected one number for scope='global', got one per parameter")
         else:
             flags = arrangement.select_global(amount, of)
-        return Plan(self._weights, self._shapes, flags, self.n, {"amount": amount, **options}, self._layers)
+        return Plan(self._weights, flags, self.n, {"amount": amount, **options}, self._layers)
 
 
-def _on_cpu(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _on_cpu(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """All in one, with one transfer for each device."""
     if not tensors:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     if len({tensor.device for tensor in tensors}) == 1:
-        return torch.cat(tensors).cpu()
+        return torch.cat(list(tensors)).cpu()
     places: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         places.setdefault(tensor.device, []).append(i)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch.nn.utils import prune as stock
 
 __all__ = [
     "channel_norms",
+    "channel_sums",
     "keep_channels",
+    "norms_of_sums",
     "other_dims",
     "reference_ranking",
     "torch_keep_channels",
@@ -41,16 +45,68 @@ def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
         dim: the dim of the channels.
 
     Returns:
-        float64 norms of shape ``(tensor.shape[dim],)``.
+        float64 norms of shape ``(tensor.shape[dim],)``, on the tensor's device, or on the CPU where that
+        has no float64.
     """
     if isinstance(n, str) and n == "fro":
         n = 2.0
+    return torch.norm(_widened(tensor), p=n, dim=other_dims(tensor, dim))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In float64 or complex128, on the CPU where the device has no such types; others stay as they are."""
+    tensor = tensor.detach()
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return (tensor if _has_float64(tensor.device.type) else tensor.cpu()).to(wide)
+
+
+@functools.cache
+def _has_float64(device_type: str) -> bool:
+    try:
+        torch.empty(0, dtype=torch.float64, device=device_type)
+    except TypeError:  # Apple's MPS
+        return False
+    return True
+
+
+def channel_sums(tensor: Tensor, n: Any, dim: int) -> Tensor:
+    """The rank step before the root: the sum of ``|x|**n`` of every slice along ``dim``, in float64.
+
+    For order 0 the count of elements that are not zero, for infinite orders the largest or the smallest
+    magnitude.
+
+    Args:
+        tensor: at least two dims, any real floating-point or complex dtype.
+        n: a real order; ``'fro'`` is 2 for every shape.
+        dim: the dim of the channels.
+
+    Returns:
+        float64 sums of shape ``(tensor.shape[dim],)``.
+    """
+    order = _real_order(n)
     dims = other_dims(tensor, dim)
-    if tensor.is_complex():
-        return torch.norm(tensor.detach().to(torch.complex128), p=n, dim=dims)
-    if tensor.is_floating_point():
-        return torch.norm(tensor.detach().to(torch.float64), p=n, dim=dims)
-    return torch.norm(tensor.detach(), p=n, dim=dims)  # raises torch's error
+    magnitudes = _widened(tensor).abs()
+    if order == 0:
+        return magnitudes.ne(0).sum(dims, dtype=torch.float64)
+    if math.isinf(order):
+        return magnitudes.amax(dims) if order > 0 else magnitudes.amin(dims)
+    return magnitudes.pow(order).sum(dims)
+
+
+def norms_of_sums(sums: Tensor, n: Any) -> Tensor:
+    """The norms of order ``n`` of slices with the sums that :func:`channel_sums` gives, of their shape."""
+    order = _real_order(n)
+    return sums.clone() if order == 0 or math.isinf(order) else sums.pow(1 / order)
+
+
+def _real_order(n: Any) -> float:
+    if isinstance(n, str) and n == "fro":
+        return 2.0
+    if isinstance(n, str) or math.isnan(n):
+        raise ValueError(f"lnprune: expected a real order or 'fro' for the sums of a norm, got {n!r}")
+    return float(n)
 
 
 def keep_channels(norms: Tensor, pruned: int) -> Tensor:
@@ -73,7 +129,7 @@ def write_mask(keep: Tensor, scores: Tensor, mask: Tensor | None, dim: int) -> T
     shape = [1] * scores.dim()
     shape[dim] = -1
     new_mask = torch.zeros_like(scores, requires_grad=False)
-    new_mask += keep.reshape(shape).to(new_mask.dtype)
+    new_mask += keep.reshape(shape).to(new_mask.device, new_mask.dtype)
     if mask is not None:
         new_mask *= mask.to(new_mask.dtype)
     return new_mask

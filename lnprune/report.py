@@ -6,15 +6,18 @@ import importlib.util
 import io
 import math
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lnprune.plan import Plan
+from lnprune.atomic_file import replacing
+from lnprune.plan_file import PlanEntry
 
-__all__ = ["plot", "table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot", "save_figure", "table"]
 
 _HEADERS = ("parameter", "shape", "dim", "kept", "share", "norm at cut", "margin", "removed")
 
@@ -23,7 +26,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _rows(plan: Plan) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def _rows(entries: Sequence[PlanEntry]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (
             entry.name,
@@ -35,11 +38,11 @@ def _rows(plan: Plan) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
             _number(entry.margin),
             f"{entry.parameters_removed:,}",
         )
-        for entry in plan.entries
+        for entry in entries
     ]
-    kept, channels = sum(e.kept for e in plan.entries), sum(e.channels for e in plan.entries)
-    removed = sum(entry.parameters_removed for entry in plan.entries)
-    elements = sum(math.prod(entry.shape) for entry in plan.entries)
+    kept, channels = sum(e.kept for e in entries), sum(e.channels for e in entries)
+    removed = sum(entry.parameters_removed for entry in entries)
+    elements = sum(math.prod(entry.shape) for entry in entries)
     footer = (
         *(f"{len(rows)} parameters", f"{elements:,}", "", f"{kept} of {channels}"),
         *(f"{kept / max(1, channels):.1%}", "", "", f"{removed:,} ({removed / max(1, elements):.1%})"),
@@ -47,13 +50,13 @@ def _rows(plan: Plan) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     return rows, footer
 
 
-def table(plan: Plan) -> str:
-    """The plan as a table of one line per parameter, drawn by rich if that is installed."""
-    rows, footer = _rows(plan)
-    options = ", ".join(f"{key}={value!r}" for key, value in plan.selection.items() if key != "amount")
-    amount = plan.selection["amount"]
+def table(n: Any, selection: Mapping[str, Any], entries: Sequence[PlanEntry]) -> str:
+    """A plan as a table of one line per parameter, drawn by rich if that is installed."""
+    rows, footer = _rows(entries)
+    options = ", ".join(f"{key}={value!r}" for key, value in selection.items() if key != "amount")
+    amount = selection["amount"]
     shown = "by name" if isinstance(amount, dict) else repr(amount)
-    title = f"amount={shown}, n={plan.n!r}, {options}"
+    title = f"amount={shown}, n={n!r}, {options}"
     if importlib.util.find_spec("rich") is None:
         return _plain_table(title, rows, footer)
     from rich import box
@@ -86,12 +89,18 @@ def _plain_table(title: str, rows: list[tuple[str, ...]], footer: tuple[str, ...
     return "\n".join([title, text[0], rule, *text[1:-1], rule, text[-1]])
 
 
-def plot(plan: Plan, ranked: Sequence[tuple[str, Tensor, int]], path: str | os.PathLike[str]) -> None:
+def plot(
+    n: Any,
+    entries: Sequence[PlanEntry],
+    ranked: Sequence[tuple[Tensor, int]],
+    path: str | os.PathLike[str],
+) -> None:
     """Draws the sorted norms of each layer with the cut, and the share of each that is kept.
 
     Args:
-        plan: whose entries are drawn.
-        ranked: name, norms from the largest on, and how many of them are kept, of each parameter.
+        n: the order of the norms.
+        entries: what the plan does to each parameter.
+        ranked: of each parameter the norms from the largest on, and how many of them are kept.
         path: the picture's file.
     """
     try:
@@ -102,7 +111,7 @@ def plot(plan: Plan, ranked: Sequence[tuple[str, Tensor, int]], path: str | os.P
             'plot needs matplotlib, which the extra "plot" brings: pip install "lnprune[plot]"'
         ) from error
 
-    names = _distinct([entry.name for entry in plan.entries])
+    names = _distinct([entry.name for entry in entries])
     count = max(1, len(ranked))
     columns = min(count, max(3, math.ceil(math.sqrt(2 * count))))
     lines = math.ceil(count / columns)
@@ -111,7 +120,7 @@ def plot(plan: Plan, ranked: Sequence[tuple[str, Tensor, int]], path: str | os.P
     # Places in inches, of the figure's height and width: a layout engine takes seconds for many axes.
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    for i, (_, norms, kept) in enumerate(ranked):
+    for i, (norms, kept) in enumerate(ranked):
         line, column = divmod(i, columns)
         left, bottom = 0.45 + column * (width - 0.3) / columns, height - 0.5 - 1.5 * (line + 1) + 0.3
         cell = (width - 0.3) / columns
@@ -124,12 +133,12 @@ def plot(plan: Plan, ranked: Sequence[tuple[str, Tensor, int]], path: str | os.P
         finite = norms[norms.isfinite()]
         if len(finite):
             axis.set_ylim(bottom=min(0.0, float(finite.min())))
-    figure.suptitle(f"norms of order {plan.n}, by rank (grey: pruned)", fontsize=10, y=1 - 0.2 / height)
+    figure.suptitle(f"norms of order {n}, by rank (grey: pruned)", fontsize=10, y=1 - 0.2 / height)
 
     axis = figure.add_axes(
         (0.7 / width, 2.0 / height, (width - 0.9) / width, (shares_height - 2.3) / height)
     )
-    shares = [entry.kept / max(1, entry.channels) for entry in plan.entries]
+    shares = [entry.kept / max(1, entry.channels) for entry in entries]
     axis.bar(range(len(shares)), shares, color="tab:blue")
     axis.set_ylim(0, 1)
     axis.margins(x=0.005)
@@ -137,7 +146,15 @@ def plot(plan: Plan, ranked: Sequence[tuple[str, Tensor, int]], path: str | os.P
     axis.set_xticks(range(len(shares)))
     axis.set_xticklabels(names, rotation=90, fontsize=6 if len(names) > 20 else 8)
     axis.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
+    """Writes a picture, whole or not at all, in the format of its suffix; without one as a PNG."""
+    root, suffix = os.path.splitext(os.fspath(path))
+    kind = suffix[1:] or figure.canvas.get_default_filetype()
+    with replacing(f"{root}.{kind}") as file:
+        figure.savefig(file, format=kind, dpi=dpi)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -7,14 +7,23 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.utils import prune as stock
 
 from lnprune import ops
+from lnprune.parameters import NAMED_ERRORS, add_name
 
-__all__ = ["Arrangement", "Layers", "group_norms"]
+__all__ = ["LEAST", "WORDS", "Arrangement", "Layers", "Normalize", "Of", "Scope", "group_norms"]
+
+Scope = Literal["local", "global"]
+Of = Literal["channels", "parameters"]
+Normalize = Literal["size", "layer", "none"]
+# The words that an option takes, and the least of the numbers.
+WORDS = {"scope": get_args(Scope), "of": get_args(Of), "normalize": get_args(Normalize)}
+LEAST = {"min_channels": 0, "multiple_of": 1, "group_size": 1}
 
 
 @dataclass(frozen=True)
@@ -50,16 +59,13 @@ def _size_factor(elements: int, p: float) -> float:
     return max(factor, sys.float_info.min)
 
 
-def kept_of(amount: int | float, total: int, name: str = "") -> int:
+def kept_of(amount: int | float, total: int) -> int:
     """How many of ``total`` stay, by torch's reading of an amount."""
     if type(amount) is float and 0 <= amount <= 1:
         return total - round(amount * total)
-    try:
-        stock._validate_pruning_amount_init(amount)
-        pruned = stock._compute_nparams_toprune(amount, total)
-        stock._validate_pruning_amount(pruned, total)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}" if name else str(error)) from None
+    stock._validate_pruning_amount_init(amount)
+    pruned = stock._compute_nparams_toprune(amount, total)
+    stock._validate_pruning_amount(pruned, total)
     return int(total - pruned)
 
 
@@ -68,6 +74,11 @@ def _nearest_multiple(wanted: int, step: int, fewest: int, most: int) -> int:
     if step == 0:
         return most
     return min(max((2 * wanted + step) // (2 * step), fewest), most)
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    # On the CPU whatever the default device is.
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _at(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -80,7 +91,11 @@ def _owners(counts: Tensor) -> Tensor:
     total = int(counts.sum())
     begins = counts.cumsum(0)[:-1]  # of all but the first; several in one place where counts are 0
     begins = begins.masked_select(begins < total)
-    return torch.zeros(total, dtype=torch.int64).index_add_(0, begins, torch.ones_like(begins)).cumsum(0)
+    return (
+        torch.zeros(total, dtype=torch.int64, device="cpu")
+        .index_add_(0, begins, torch.ones_like(begins))
+        .cumsum(0)
+    )
 
 
 def _sorted(indices: Tensor, keys: Tensor, descending: bool = True) -> Tensor:
@@ -110,7 +125,7 @@ class Arrangement:
                     f"{name}: its {channels} channels are no whole number of groups of "
                     f"{group_size} (group_size)"
                 )
-        groups = torch.tensor(layers.channels, dtype=torch.int64) // group_size
+        groups = _integers(layers.channels) // group_size
         self.groups = groups.tolist()  # of each layer
         self.layer_of_group = _owners(groups)
         self.norms = group_norms(layers.norms, group_size, layers.p)
@@ -141,13 +156,17 @@ class Arrangement:
                     "normalize='size' needs a norm whose order is a number: take 'layer' or 'none'"
                 )
             factors = [_size_factor(size * self.group_size, layers.p) for size in layers.sizes]
-            return norms / _at(torch.tensor(factors, dtype=torch.float64), self.layer_of_group)
+            return norms / _at(
+                torch.tensor(factors, dtype=torch.float64, device="cpu"), self.layer_of_group
+            )
         counted = norms.isfinite()
         if self.alive is not None:
             counted &= self.alive
         indices = counted.nonzero().flatten()
         owners = _at(self.layer_of_group, indices)
-        sums = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, owners, _at(norms, indices))
+        sums = torch.zeros(len(groups), dtype=torch.float64, device="cpu").index_add_(
+            0, owners, _at(norms, indices)
+        )
         means = sums / torch.bincount(owners, minlength=len(groups))
         # Layers of zeros stay at zero.
         return norms / _at(torch.where(means > 0, means, 1.0), self.layer_of_group)
@@ -176,14 +195,15 @@ class Arrangement:
         rows = zip(
             *(self.layers.names, amounts, self.left, self.costs(of), self.fewest, self.most), strict=True
         )
-        return self._channels(
-            self._first_blocks(
-                [
-                    _nearest_multiple(kept_of(amount, left * cost, name), self.step * cost, fewest, most)
-                    for name, amount, left, cost, fewest, most in rows
-                ]
-            )
-        )
+        blocks = []
+        for name, amount, left, cost, fewest, most in rows:
+            try:
+                wanted = kept_of(amount, left * cost)
+            except NAMED_ERRORS as error:
+                add_name(error, name)
+                raise
+            blocks.append(_nearest_multiple(wanted, self.step * cost, fewest, most))
+        return self._channels(self._first_blocks(blocks))
 
     def select_global(self, amount: int | float, of: str) -> Tensor:
         """Bool keep flags of all channels, the blocks of all layers in one ranking."""
@@ -206,7 +226,7 @@ class Arrangement:
         ]
         indices = [i for i, groups in enumerate(self.groups) if groups]
         if not indices:
-            return torch.empty(0, dtype=torch.bool)
+            return torch.empty(0, dtype=torch.bool, device="cpu")
         alive = [] if self.alive is None else list(self.alive.double().split(self.groups))
         norms = self.norms.split(self.groups)
         flags = ops.select_channels(
@@ -225,7 +245,7 @@ class Arrangement:
     def _by_rank(self) -> Tensor:
         """The groups not pruned before: NaN first, then larger scores, then by layer and index."""
         if self.alive is None:
-            groups = torch.arange(self.scores.numel())
+            groups = torch.arange(self.scores.numel(), device="cpu")
             order = torch.sort(self.scores, descending=True, stable=True).indices
         else:
             groups = self.alive.nonzero().flatten()
@@ -253,12 +273,15 @@ class Arrangement:
         per_block = self.step // self.group_size
         arranged = _sorted(order, self.layer_of_group, descending=False)
         layers = _at(self.layer_of_group, arranged)
-        left = torch.tensor(self.left) // self.group_size
-        position = torch.arange(arranged.numel()) - _at(left.cumsum(0) - left, layers)
-        first = _at(torch.tensor(self.fewest) * per_block, layers)
-        last = _at(torch.tensor(self.most) * per_block, layers)
+        left = _integers(self.left) // self.group_size
+        position = torch.arange(arranged.numel(), device="cpu") - _at(left.cumsum(0) - left, layers)
+        first = _at(_integers(self.fewest) * per_block, layers)
+        last = _at(_integers(self.most) * per_block, layers)
         inside = (position >= first) & (position < last)
-        blocks = _at(arranged, inside.nonzero().flatten()).view(-1, per_block)
+        optional = _at(arranged, inside.nonzero().flatten())
+        if optional.numel() == 0:
+            return optional.view(0, 1)
+        blocks = optional.view(-1, per_block)
         # One group after another, so that equal blocks have equal sums.
         sums = functools.reduce(torch.add, (_at(scores, groups) for groups in blocks.unbind(1)))
         return _at(blocks, torch.sort(sums, descending=True, stable=True).indices)
@@ -271,8 +294,8 @@ class Arrangement:
                 fewest * self.step * cost for fewest, cost in zip(self.fewest, costs, strict=True)
             )
             layers = _at(self.layer_of_group, self._ranking[:, 0])
-            steps = _at(torch.tensor(costs, dtype=torch.int64), layers)
-            totals = torch.cat([torch.tensor([required]), steps * self.step])
+            steps = _at(_integers(costs), layers)
+            totals = torch.cat([_integers([required]), steps * self.step])
             self._known_totals[of] = totals.cumsum(0)
         return self._known_totals[of]
 

@@ -18,8 +18,8 @@ from lnprune import ops
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ("launches.cpp", "norms.cu", "topk.cu", "masks.cu", "upload.cu")
 OPS = (
-    *("channel_norms", "select_channels", "write_masks", "prune_channels"),
-    *("zero_channels_", "prune_channels_"),
+    *("channel_norms", "channel_sums", "norms_of_sums", "select_channels", "write_masks"),
+    *("prune_channels", "zero_channels_", "prune_channels_"),
 )
 
 

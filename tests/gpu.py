@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -81,20 +80,6 @@ def python(*arguments: str | pathlib.Path) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def toolkit() -> str | None:
-    """The folder of the CUDA toolkit, with bin/nvcc and include: a wrapper of nvcc may lie elsewhere."""
-    folders = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-        folders += [str(pathlib.Path(found).parent) for found in re.findall(r"_HERE_=(\S+)", said)]
-    for folder in (pathlib.Path(name) for name in [*folders, "/usr/local/cuda"] if name):
-        if (folder / "bin" / "nvcc").exists() and (folder / "include" / "cuda_runtime.h").exists():
-            return str(folder)
-    return None
-
-
 def missing_imports(path: pathlib.Path) -> set[str]:
     """The modules that a file, or a file of tests that it imports, imports and that are not installed."""
     missing = set()
@@ -139,11 +124,6 @@ def plan(folder: pathlib.Path, architecture: str, cores: int) -> tuple[list[Stag
     # One allocation per tensor: the sanitizer sees where it ends, and what nobody wrote in it.
     own_allocations = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     build = {"TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": str(cores)}
-    cuda_home = toolkit()
-    if cuda_home is None:
-        notes.append("no CUDA toolkit was found: no folder holds bin/nvcc and include/cuda_runtime.h")
-    else:
-        build["CUDA_HOME"] = cuda_home
     stages = [
         Stage(
             "build",

@@ -71,7 +71,7 @@ def mixed(device="cpu"):
 
 def large(device="cpu"):
     """The masked weights are written together with the masks."""
-    model = nn.ModuleList([nn.Linear(200, 190, device=device) for _ in range(2)])
+    model = nn.ModuleList([nn.Linear(270, 250, device=device) for _ in range(2)])
     lnprune.ln_structured(model[1], "weight", 0.25, 2, 0)
     return model
 
@@ -301,16 +301,16 @@ NATIVE = [
     "prune_channels_",
 ]
 REACHED = {
-    "local": {"prune_channels"},
-    "local permanent": {"prune_channels_"},
+    "local": {"prune_channels", "select_channels"},
+    "local permanent": {"prune_channels_", "select_channels"},
     "global": {"channel_norms", "select_channels", "write_masks"},
     "global permanent": {"channel_norms", "select_channels", "zero_channels_"},
     "apply": {"write_masks"},
     "apply bias": {"write_masks"},
     "apply permanent": {"zero_channels_"},
-    "apply permanent, backup": {"zero_channels_"},
+    "apply permanent, backup": {"zero_channels_", "channel_norms"},
     "undo": set(),
-    "undo permanent": set(),
+    "undo permanent": {"channel_norms"},
     "remove_all": set(),
 }
 

@@ -418,18 +418,159 @@ def raw(tensor):
     )
 
 
-def test_training_after_a_permanent_apply_survives_undo(device):
-    """Of plain parameters, pruned channels alone come back; the kept ones stay as trained."""
+def test_training_that_keeps_the_zeros_survives_undo(device):
+    """Pruned channels come back, kept ones stay as trained; of masked parameters, elements do."""
+
+    def make():
+        model = linears(device)
+        lnprune.ln_structured(model[2], "weight", 2, 2, 0)
+        return model
+
+    model, twin = twins(make)
+    plan = select(model, 0.3, scope="local").apply(permanent=True, keep_backup=True)
+    gone = [module.weight == 0 for module in model]
+    with torch.no_grad():
+        for module, zeros in zip(model, gone, strict=True):
+            module.weight.add_(1).masked_fill_(zeros, 0)
+    plan.undo()
+    for module, before, zeros in zip(model, twin, gone, strict=True):
+        restored, original = (
+            each._parameters.get("weight", each._parameters.get("weight_orig")) for each in (module, before)
+        )
+        assert zeros.any()
+        assert torch.equal(restored, torch.where(zeros, original, original + 1))
+    assert torch.equal(model[2].weight, model[2].weight_mask * model[2].weight_orig)
+
+
+def fill_the_zeros(module):
+    with torch.no_grad():
+        module.weight.add_(1)
+
+
+def load_other_values(module):
+    module.load_state_dict({key: torch.randn_like(value) for key, value in module.state_dict().items()})
+
+
+def prune_by_torch(module):
+    stock.remove(stock.ln_structured(module, "weight", 2, 2, 1), "weight")
+
+
+CHANGES_OF_VALUES = {
+    "training": (fill_the_zeros, "were replaced since"),
+    "load_state_dict": (load_other_values, "were replaced since"),
+    "local_structured": (
+        lambda module: lnprune.local_structured([(module, "weight")], 2, 2, 1, permanent=True),
+        "pruned since",
+    ),
+    "another plan": (
+        lambda module: lnprune.rank([(module, "weight")], 2, 1).select(2).apply(permanent=True),
+        "pruned since",
+    ),
+    "torch": (prune_by_torch, "pruned since"),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("change", list(CHANGES_OF_VALUES))
+def test_undo_of_a_permanent_apply_notices_new_values(device, masked, change):
+    """It would lose them, or leave zeros where nothing is pruned any more."""
+    model = linears(device)
+    if masked:
+        lnprune.local_structured(model, 1, 2, "out")
+    plan = select(model, 0.3, scope="local").apply(permanent=True, keep_backup=True)
+    make_change, message = CHANGES_OF_VALUES[change]
+    make_change(model[1])
+    snapshot = ModelSnapshot(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"^1.weight: .*{message}"):
+            plan.undo()
+        snapshot.assert_unchanged()
+
+
+def test_permanent_plans_undone_in_the_wrong_order(device):
+    """The first refuses until the second is undone; then every bit is back."""
+    model, twin = twins(lambda: linears(device))
+    first = lnprune.rank(model, 2, "out").select(0.5)
+    second = lnprune.rank(model, 2, "in").select(0.5)
+    first.apply(permanent=True, keep_backup=True)
+    second.apply(permanent=True, keep_backup=True)
+    with pytest.raises(RuntimeError, match=r"^0\.weight: .*pruned since: undo what came after it first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert_same_state(model, twin)
+
+
+def test_a_loaded_checkpoint_of_the_pruned_model_can_be_undone(device):
     model, twin = twins(lambda: linears(device))
     plan = select(model).apply(permanent=True, keep_backup=True)
-    with torch.no_grad():
-        for module in model:
-            module.weight.add_(1)
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
     plan.undo()
-    for index, (module, before) in enumerate(zip(model, twin, strict=True)):
-        keep = plan.keep[f"{index}.weight"]
-        assert torch.equal(module.weight[keep], (before.weight + 1)[keep])
-        assert torch.equal(module.weight[~keep], before.weight[~keep])
+    assert_same_state(model, twin)
+
+
+CONVERSIONS = {
+    "double": lambda model: model.double(),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "there and back": lambda model: model.double().float(),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"permanent": True, "keep_backup": True}], ids=["masks", "permanent"]
+)
+@pytest.mark.parametrize("conversion", list(CONVERSIONS))
+def test_undo_after_a_conversion(prepare, device, conversion, options):
+    """What the model would be, had it been converted without being pruned."""
+    model, twin = twins(prepare(lambda: linears(device)))
+    plan = select(model).apply(**options)
+    CONVERSIONS[conversion](model)
+    CONVERSIONS[conversion](twin)
+    plan.undo()
+    for module in (*model, *twin):  # conversions leave attributes, and so products with masks, as they are
+        for hook in module._forward_pre_hooks.values():
+            if getattr(hook, "_tensor_name", "") == "bias" or any(module is other for other in twin):
+                hook(module, ())
+    assert_same_state(model, twin)
+
+
+def test_undo_after_a_conversion_keeps_what_was_trained(device):
+    model, twin = twins(lambda: linears(device))
+    plan = select(model, 0.3, scope="local").apply(permanent=True, keep_backup=True)
+    gone = [module.weight == 0 for module in model]
+    model.double()
+    with torch.no_grad():
+        for module, zeros in zip(model, gone, strict=True):
+            module.weight.mul_(3).masked_fill_(zeros, 0)
+    plan.undo()
+    for module, before, zeros in zip(model, twin, gone, strict=True):
+        trained = before.weight.double() * 3
+        assert torch.equal(module.weight, torch.where(zeros, before.weight.double(), trained))
+
+
+def test_weights_that_were_tied_after_ranking(device, tmp_path):
+    """Their channels lie along two dims of one tensor."""
+
+    def make():
+        return nn.ModuleDict(
+            {"first": nn.Linear(6, 6, device=device), "second": nn.Embedding(6, 6, device=device)}
+        )
+
+    model = make()
+    plan = lnprune.rank(model, 2, "out").select(2)
+    plan.save(tmp_path / "plan")
+    other = make()
+    loaded = lnprune.load_plan(tmp_path / "plan", other)
+    for chosen, tied in ((plan, model), (loaded, other)):
+        tied["second"].weight = tied["first"].weight
+        snapshot = ModelSnapshot(tied)
+        for options in ({}, {"permanent": True}):
+            with pytest.raises(
+                RuntimeError, match=r"^second\.weight: shares its weight with first\.weight now"
+            ):
+                chosen.apply(**options)
+            snapshot.assert_unchanged()
 
 
 # The order of calls.
@@ -462,7 +603,9 @@ def prune_more(module):
 
 
 def load_into_a_new_mask(module):
-    module._buffers["weight_mask"] = module.weight_mask.clone()
+    mask = module.weight_mask.clone()
+    mask[1, 1] += 1
+    module._buffers["weight_mask"] = mask
 
 
 def replace_the_parameter(module):

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cpu_report, cuda, cuda_report, models, report
-from benchmarks.shapes import DTYPES, FURTHER_LAYOUTS, Case
+from benchmarks import cpu, cpu_report, cuda, cuda_report, models, report
+from benchmarks.shapes import DTYPES, FURTHER_LAYOUTS, Case, cases
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SECTIONS = list(cuda_report.CHAPTERS)
@@ -179,3 +179,102 @@ def test_the_page_of_whole_models_says_what_its_figures_say():
     sections["lists"][0] |= {"speedup": 0.5, "correct": False, "fault": "on purpose"}
     assert not models.verdicts(sections)[0].met
     assert "1 failed" in models.markdown(saved["environment"], sections, saved["seconds"])
+
+
+README = ROOT / report.README
+RESULTS = ROOT / report.RESULTS
+
+
+def test_the_readme_says_what_the_page_of_whole_models_says():
+    sections = json.loads((RESULTS / "models.json").read_text())
+    assert report.marked(README, "benchmarks.models").splitlines() == models.speed_lines(sections)
+
+
+def test_the_readme_says_what_the_page_of_the_cpu_says():
+    lines = report.marked(README, "benchmarks.cpu")
+    assert lines.count("\n") > 10
+    assert lines in (RESULTS / "cpu.md").read_text()
+
+
+def test_the_page_of_the_cpu_is_about_one_screen():
+    assert len((RESULTS / "cpu.md").read_text().splitlines()) <= 75
+    assert not (RESULTS / "cpu.json").exists()
+
+
+@pytest.fixture(scope="module")
+def cpu_sections():
+    """A run of the smallest grid."""
+    grid = list(cases([(8, 8), (600, 700)], [torch.float32], [2, math.inf]))
+    return {
+        "norms": cpu.time_norms(grid, 1e-4),
+        "first": cpu.time_first(grid, 1e-4),
+        "compiled": [],
+        "repeated": cpu.time_repeated([case for case in grid if case.n == 2], 1e-4),
+        "memory": [
+            {"call": name, "dim": dim, "n": 2, "peak": 2.0 if name == "lnprune" else 3.0}
+            for name in ("lnprune", "torch")
+            for dim in (0, 1)
+        ],
+    }
+
+
+def run_cpu(monkeypatch, folder, *arguments):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cpu", *arguments])
+    assert cpu.main() == 0
+
+
+def test_a_run_writes_page_picture_readme_and_every_case(cpu_sections, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "measure", lambda quick: cpu_sections)
+    begin, end = "<!-- made by python -m benchmarks.cpu -->", "<!-- end of benchmarks.cpu -->"
+    (tmp_path / "README.md").write_text(f"before\n\n{begin}\n\nold\n\n{end}\n\nafter\n")
+    run_cpu(monkeypatch, tmp_path)
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    results = {"benchmarks/results/cpu.md", "benchmarks/results/cpu.png", "README.md"}
+    assert written == results | {"build/benchmarks/cpu.json"}
+    lines = "\n".join(cpu_report.speed_lines(cpu_sections))
+    text = (tmp_path / "README.md").read_text()
+    assert text == f"before\n\n{begin}\n\n{lines}\n\n{end}\n\nafter\n"
+    page = (tmp_path / "benchmarks/results/cpu.md").read_text()
+    assert lines in page
+    assert "| 8 x 8 | float32 | 0 | " in lines
+    assert "| float32, under 1 MiB | " in page
+    assert "| float32, 1 to 32 MiB | " in page
+    assert "over 32 MiB" not in page
+    assert "Memory at the peak of a call, in weights: 2.00, torch 3.00." in lines
+    # The page again, from every case alone.
+    run_cpu(monkeypatch, tmp_path, "--from", "build/benchmarks/cpu.json", "--out", "again")
+    assert (tmp_path / "again" / "cpu.md").read_text() == page
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_quick_run_leaves_the_results_alone(cpu_sections, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "measure", lambda quick: cpu_sections if quick else None)
+    run_cpu(monkeypatch, tmp_path, "--quick")
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {f"build/benchmarks/cpu.{kind}" for kind in ("md", "png", "json")}
+
+
+def test_slower_calls_are_named(cpu_sections):
+    sections = {name: [dict(row) for row in rows] for name, rows in cpu_sections.items()}
+    for rows in sections.values():
+        for row in rows:
+            row["speedup"] = 2.0
+    assert cpu_report.speed_lines(sections)[-1] == (
+        "Slower than torch: first calls none of 8; repeated calls none of 4; norms alone none of 8."
+    )
+    sections["first"][-1]["speedup"] = 0.5
+    for row in sections["norms"][:5]:
+        row["speedup"] = 0.25
+    assert cpu_report.speed_lines(sections)[-1] == (
+        "Slower than torch: first calls 1 of 8 (600 x 700 float32 dim 1 n inf: 0.50 x); repeated calls "
+        "none of 4; norms alone 5 of 8 (1 of them with n = 2 along dim 0, 4 on 8 x 8; down to 0.25 x)."
+    )
+
+
+def test_a_page_without_the_marks_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("no marks\n")
+    with pytest.raises(ValueError, match="expected the lines"):
+        report.replace_marked(page, "benchmarks.cpu", ["new"])
+    assert page.read_text() == "no marks\n"

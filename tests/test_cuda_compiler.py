@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,6 +32,7 @@ ELEMENTS = ("float64", "float32", "float16", "bfloat16")
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 RANK = [f"rank {norm} {element}" for norm in NORMS for element in (*ELEMENTS, "float8")]
 WRITE = [f"write {element}" for element in (*ELEMENTS, *FLOAT8)]
+ROOT = [f"root {norm}" for norm in NORMS]
 ZERO = [f"zero uint{bits}" for bits in (64, 32, 16, 8)]
 
 # What an H200 has, for cuda_occupancy.h; a line of input is "registers, bytes of shared memory, threads".
@@ -148,6 +150,9 @@ def kernel_of(symbol: str) -> str:
     rank = re.search(r"\d+rank_kernelINS_\d+([A-Za-z]+?)E(\w+?)EEvP", symbol)
     if rank:
         return f"rank {rank[1]} {element(rank[2])}"
+    root = re.search(r"\d+root_kernelINS_\d+([A-Za-z]+?)EEEvP", symbol)
+    if root:
+        return f"root {root[1]}"
     write = re.search(r"\d+write_kernelI(\w+?)EEvP", symbol)
     if write:
         return f"write {element(write[1])}"
@@ -330,7 +335,7 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_compiled(resources, architecture):
-    assert sorted(resources[architecture]) == sorted([*RANK, "select", *WRITE, *ZERO, "upload"])
+    assert sorted(resources[architecture]) == sorted([*RANK, *ROOT, "select", *WRITE, *ZERO, "upload"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -345,7 +350,7 @@ def test_no_kernel_spills_registers_or_has_a_stack(resources, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_instruction_uses_local_memory(machine_code, architecture):
     uses = {kernel: count(code, r"(?:LDL|STL)\b") for kernel, code in machine_code[architecture].items()}
-    assert uses == dict.fromkeys([*RANK, "select", *WRITE, *ZERO, "upload"], 0)
+    assert uses == dict.fromkeys([*RANK, *ROOT, "select", *WRITE, *ZERO, "upload"], 0)
 
 
 @pytest.mark.parametrize("kernel", RANK)
@@ -499,6 +504,53 @@ def test_the_readers_see_the_faults_they_look_for(nvcc, cuobjdump, tmp_path):
         assert hot_loops("narrow", code["narrow"]) == []
 
 
+# --- The host's side ------------------------------------------------------------------------------------
+
+# The backend's check of an error, with a CUDA of its own: one launch has failed.
+FAILED_LAUNCH = """
+#include "ops_cuda.cpp"
+
+static cudaError_t last_error = cudaErrorLaunchFailure;
+extern "C" {
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "" : "it failed"; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) { return cudaSuccess; }
+
+__attribute__((visibility("default"))) const char* message() {
+  static std::string said;
+  try {
+    lnprune::check(last_error, "a launch");
+  } catch (const std::exception& error) {
+    said = error.what();
+  }
+  return said.c_str();
+}
+__attribute__((visibility("default"))) int left_behind() { return cudaGetLastError(); }
+}
+"""
+
+CALL_IT = """
+import ctypes, os, sys, torch
+library = ctypes.CDLL(sys.argv[1], os.RTLD_LAZY)
+library.message.restype = ctypes.c_char_p
+print(library.message().decode())
+print(library.left_behind())
+"""
+
+
+def test_an_error_that_is_reported_is_not_left_to_the_next_check(nvcc, tmp_path):
+    source, library = tmp_path / "failed.cpp", tmp_path / "failed.so"
+    source.write_text(FAILED_LAUNCH)
+    flags = ["--cudart=none", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-std=c++20", FLAGS[-1]]
+    flags += ["-DUSE_CUDA", *(f"-I{path}" for path in (KERNELS, *cpp_extension.include_paths()))]
+    # What only a torch with CUDA has is never called.
+    linked = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
+    run([nvcc, *flags, source, "-Xlinker=--no-as-needed,-z,lazy", *linked, "-o", library])
+    message, left = run([sys.executable, "-c", CALL_IT, library]).stdout.splitlines()
+    assert message.endswith("lnprune: CUDA error in a launch: it failed")
+    assert left == "0"
+
+
 # --- The table of docs/cuda.md --------------------------------------------------------------------------
 
 
@@ -518,6 +570,7 @@ def resource_table() -> str:
             families.append(
                 (f"rank {element}, {orders}", [f"rank {n} {element}" for n in norms], threads_of_a_block)
             )
+    families.append(("root", ROOT, threads_of_a_block))
     families.append(("select", ["select"], constant("topk.cu", "kSelectThreads")))
     families += [(f"write {element}", [f"write {element}"], threads_of_a_block) for element in ELEMENTS]
     families.append(("write float8", [f"write {element}" for element in FLOAT8], threads_of_a_block))
@@ -536,7 +589,7 @@ def resource_table() -> str:
             blocks = blocks_of(rows, threads)
             flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
             cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
-            cells.append("" if kernels[0] in ("select", *ZERO) else spread(flight))
+            cells.append("" if kernels[0] in ("select", *ROOT, *ZERO) else spread(flight))
             lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

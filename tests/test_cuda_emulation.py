@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import os
 import pathlib
@@ -86,6 +87,13 @@ def check_two_chunks(native: Any) -> None:
         cases.assert_norms_close(norms, cases.exact_norms(values, 2, 1), 2)
 
 
+def check_roots(native: Any) -> None:
+    """Roots of the sums of several tensors, of one block and of more."""
+    sums = [cases.random_values((length,), torch.float64).abs() for length in (256, 3, 700)]
+    for actual, values in zip(native.norms_of_sums(sums, 2.0), sums, strict=True):
+        assert actual.tolist() == [math.sqrt(value) for value in values.tolist()], "other roots"
+
+
 def check_selection(native: Any) -> None:
     """The choice among more channels than threads, without ties and with ties that come in bursts."""
     norms = [cases.random_values((1500,), torch.float64).abs() for _ in range(8)]
@@ -145,6 +153,7 @@ CHECKS = [
     check_columns,
     check_identical_columns,
     check_two_chunks,
+    check_roots,
     check_selection,
     check_writing,
     check_zeroing,
@@ -257,17 +266,24 @@ BUGS = {
     "short_last_row_left_out": Bug(
         "bounds of the rank step",
         "norms.cu",
-        "smaller((chunk + 1) * task.rows_per_chunk, task.rows);\n#pragma",
-        "smaller((chunk + 1) * task.rows_per_chunk, full_rows);\n#pragma",
+        "smaller((chunk + 1) * cut.rows_per_chunk, cut.rows);\n#pragma",
+        "smaller((chunk + 1) * cut.rows_per_chunk, full_rows);\n#pragma",
         check_columns,
     ),
     "fold_by_the_width_of_the_strip": Bug(
         "order of a sum",
         "norms.cu",
-        "task.channels_per_strip < kThreads ? task.channels_per_strip : kThreads;",
+        "cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;",
         "channels < kThreads ? channels : kThreads;",
         check_identical_columns,
         "identical columns differ",
+    ),
+    "blocks_of_roots_counted_from_the_first_tensor": Bug(
+        "roots",
+        "norms.cu",
+        "(blockIdx.x - task->first_block) * kThreads",
+        "blockIdx.x * kThreads",
+        check_roots,
     ),
     "histogram_read_before_a_barrier": Bug(
         "barrier of the select step",
@@ -370,15 +386,15 @@ BUGS = {
     "vectors_of_columns_misaligned": Bug(
         "alignment",
         "launches.cpp",
-        "task.aligned = is_aligned(task.elements, vector * bytes) && task.row_elements",
-        "task.aligned = true || task.row_elements",
+        "task.aligned = is_aligned(task.elements, vector * bytes) && cut.row_elements",
+        "task.aligned = true || cut.row_elements",
         check_columns,
         f"{MISALIGNED} load",
     ),
     "strips_that_begin_within_a_vector": Bug(
         "alignment",
         "launches.cpp",
-        "(task.strips == 1 || task.columns_per_strip % vector == 0)",
+        "(task.strips == 1 || cut.columns_per_strip % vector == 0)",
         "true",
         check_columns,
         f"{MISALIGNED} load",
@@ -814,6 +830,9 @@ def test_at_most_three_launches_whatever_the_length_of_a_list(length, dtype, mod
         return traffic(module, call)["launches"]
 
     assert launches(lambda: OPS.channel_norms(weights, dims, 2.0)) == 1
+    sums = OPS.channel_sums(weights, dims, 3.0)
+    assert launches(lambda: OPS.channel_sums(weights, dims, 3.0)) == 1
+    assert launches(lambda: OPS.norms_of_sums(sums, 3.0)) == 1
     assert launches(lambda: OPS.prune_channels(weights, [], weights, dims, 2.0, *amounts)) <= 3
     assert launches(lambda: OPS.prune_channels(weights, masks, weights, dims, 2.0, *amounts)) <= 3
     assert launches(lambda: OPS.prune_channels_(weights, weights, dims, 2.0, *amounts)) == 3

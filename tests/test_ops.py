@@ -13,8 +13,8 @@ from lnprune import ops
 pytestmark = pytest.mark.parametrize("device", cases.DEVICES)
 
 NAMES = [
-    *("channel_norms", "select_channels", "write_masks", "prune_channels"),
-    *("zero_channels_", "prune_channels_"),
+    *("channel_norms", "channel_sums", "norms_of_sums", "select_channels", "write_masks"),
+    *("prune_channels", "zero_channels_", "prune_channels_"),
 ]
 
 
@@ -36,6 +36,8 @@ def calls(layout, dtype, device):
     pair_masks, pair_repeated = [mask, torch.ones_like(matrix)], [repeated, matrix]
     yield "channel_norms", ([scores], [-1], 2.0)
     yield "channel_norms", (pair, dims, math.inf)
+    yield "channel_sums", (pair, dims, 3.0)
+    yield "norms_of_sums", (norms, 3.0)
     yield "select_channels", (norms, [], [2, -1], [0.0, 0.5])
     yield "select_channels", (norms[:1], [torch.ones_like(norms[0])], [-1], [0.5])
     yield "write_masks", (keeps, pair, [], [], dims)
@@ -131,6 +133,12 @@ ERRORS = {
         ([ONES], [], [], [0], math.nan, [1], [0.0]),
         "a real order, got NaN",
     ),
+    "nan_order_sums": ("channel_sums", ([ONES], [0], math.nan), "a real order, got NaN"),
+    "nan_order_roots": ("norms_of_sums", ([NORM], math.nan), "a real order, got NaN"),
+    "integer_sums": ("channel_sums", ([ONES.int()], [0], 2.0), "real floating-point dtype, got Int"),
+    "sums_dtype": ("norms_of_sums", ([NORM.float()], 2.0), "float64 sums with one dim, got Float with 1"),
+    "sums_dims": ("norms_of_sums", ([NORM, NORM.view(3, 1)], 2.0), "got Double with 2"),
+    "sums_gaps": ("norms_of_sums", ([NORM.repeat(2)[::2]], 2.0), "got Double with 1 dims, not contiguous"),
     "counts": ("select_channels", ([NORM], [], [1, 1], [0.0]), "got 2 and 1 for 1"),
     "fractions": ("select_channels", ([NORM], [], [1], []), "got 1 and 0 for 1"),
     "counts_pruning": ("prune_channels", ([ONES], [], [], [0], 2.0, [], [0.0]), "got 0 and 1 for 1"),
@@ -242,6 +250,52 @@ def test_an_original_of_the_layout_that_the_new_mask_gets_is_taken(device):
     assert ops.write_masks([keep], [transposed], [transposed], [ones], [0])[1][0].stride() == (4, 1)
 
 
+META_ONES, META_NORM, META_KEEP = (tensor.to("meta") for tensor in (ONES, NORM, KEEP))
+
+# Every list of every op with a tensor without memory in it: first, last, or alone beside other lists.
+MIXED = {
+    "norms_first": ("channel_norms", ([META_ONES, ONES], [0, 0], 2.0)),
+    "norms_last": ("channel_norms", ([ONES, META_ONES], [0, 0], 2.0)),
+    "sums": ("channel_sums", ([ONES, META_ONES], [0, 0], 2.0)),
+    "roots": ("norms_of_sums", ([META_NORM, NORM], 2.0)),
+    "select_first": ("select_channels", ([META_NORM, NORM], [], [1, 1], [0.0, 0.0])),
+    "select_last": ("select_channels", ([NORM, META_NORM], [], [1, 1], [0.0, 0.0])),
+    "mask_counts": ("select_channels", ([NORM], [META_NORM], [1], [0.0])),
+    "keep": ("write_masks", ([META_KEEP], [ONES], [], [], [0])),
+    "scores": ("write_masks", ([KEEP], [META_ONES], [], [], [0])),
+    "masks": ("write_masks", ([KEEP], [ONES], [META_ONES], [], [0])),
+    "originals": ("write_masks", ([KEEP], [ONES], [], [META_ONES], [0])),
+    "scores_pruning": ("prune_channels", ([ONES, META_ONES], [], [], [0, 0], 2.0, [1, 1], [0.0, 0.0])),
+    "masks_pruning": ("prune_channels", ([ONES], [META_ONES], [], [0], 2.0, [1], [0.0])),
+    "originals_pruning": ("prune_channels", ([ONES], [], [META_ONES], [0], 2.0, [1], [0.0])),
+    "tensors_zeroing": ("zero_channels_", ([ONES, META_ONES], [KEEP, KEEP], [0, 0])),
+    "keep_zeroing": ("zero_channels_", ([ONES], [META_KEEP], [0])),
+    "scores_in_place": ("prune_channels_", ([META_ONES], [ONES], [0], 2.0, [1], [0.0])),
+    "weights_in_place": (
+        "prune_channels_",
+        ([ONES] * 2, [ONES, META_ONES], [0] * 2, 2.0, [1] * 2, [0.0] * 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_tensors_with_and_without_memory_in_one_call_are_refused(case, device):
+    name, arguments = MIXED[case]
+    arguments = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to(device), arguments
+    )
+    expected = f"lnprune: expected all tensors of a call on devices of one type, got {device} and meta"
+    with pytest.raises(RuntimeError, match=expected):
+        getattr(ops, name)(*arguments)
+
+
+def test_fake_tensors_beside_meta_ones_are_refused(device):
+    with FakeTensorMode():
+        pair = [torch.ones(3, 4, device=device), torch.ones(3, 4, device="meta")]
+        with pytest.raises(RuntimeError, match="devices of one type"):
+            ops.channel_norms(pair, [0, 0], 2.0)
+
+
 def test_more_channels_to_prune_than_there_are_prune_all(device):
     (keep,) = ops.select_channels([NORM.to(device)], [], [7], [0.0])
     assert keep.tolist() == [False] * 3
@@ -269,6 +323,8 @@ def test_calls_from_several_threads_at_once(device):
 
 def test_empty_lists_give_empty_lists(device):
     assert ops.channel_norms([], [], 2.0) == []
+    assert ops.channel_sums([], [], 2.0) == []
+    assert ops.norms_of_sums([], 2.0) == []
     assert ops.select_channels([], [], [], []) == []
     assert ops.write_masks([], [], [], [], []) == ([], [])
     assert ops.prune_channels([], [], [], [], 2.0, [], []) == ([], [])

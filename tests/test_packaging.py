@@ -1,15 +1,20 @@
-"""Installing: an empty environment, the oldest torch, no compiler, and a library that does not load."""
+"""Installing: source distribution, toolkit, an empty environment, the oldest torch, what is missing."""
 
+import importlib.metadata
 import os
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import warnings
 
 import pytest
+import setuptools
 import torch
+import torch.utils.cpp_extension
 from environments import new_environment
 
 import lnprune
@@ -81,6 +86,146 @@ def test_without_a_compiler_the_build_says_so(folder):
     result = run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, env=environment)
     assert result.returncode != 0
     assert "found no compiler: no-such-compiler is not on the PATH" in result.stderr
+
+
+@pytest.fixture
+def extensions(monkeypatch, capfd):
+    """Runs setup.py as a torch for CUDA would see it, with a folder on the PATH.
+
+    Returns where each extension looks for headers, and what is said.
+    """
+    exists = os.path.exists
+    usual = "/usr/local/cuda"
+    monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith(usual) and exists(path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.chdir(ROOT)
+
+    def extensions_of(path, commands=("build_ext",), **environment):
+        found = {}
+
+        def setup(ext_modules, cmdclass):
+            found.update({one.name: one.include_dirs for one in ext_modules})
+            return types.SimpleNamespace(have_run=dict.fromkeys(commands, True))
+
+        monkeypatch.setattr(setuptools, "setup", setup)
+        monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
+        for variable in ("CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(variable, raising=False)
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, str(value))
+        runpy.run_path("setup.py")
+        return found, capfd.readouterr().err
+
+    return extensions_of
+
+
+def make_toolkit(home: pathlib.Path) -> pathlib.Path:
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        (home / name).parent.mkdir(parents=True)
+        (home / name).touch()
+    return home
+
+
+@pytest.fixture
+def wrapper(tmp_path):
+    """A folder with an nvcc that calls the one of a toolkit in another folder, and that toolkit."""
+    home, path = make_toolkit(tmp_path / "a toolkit"), tmp_path / "wrapper" / "bin"
+    path.mkdir(parents=True)
+    nvcc = path / "nvcc"
+    said = f"#$ _SPACE_= \\n#$ _HERE_={home}/bin\\n#$ _THERE_={home}/bin\\n"
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --dryrun ] && printf '{said}' >&2\n")
+    nvcc.chmod(0o755)
+    return path, home
+
+
+def test_the_toolkit_behind_a_wrapper_of_its_compiler_is_found(wrapper, extensions):
+    path, home = wrapper
+    found, said = extensions(path)
+    assert f"{home}/include" in found["lnprune._C_cuda"]
+    assert "CPU only" not in said
+
+
+def test_a_toolkit_that_is_named_comes_first(wrapper, extensions, tmp_path):
+    path, home = wrapper
+    named = make_toolkit(tmp_path / "named")
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        assert f"{named}/include" in extensions(path, **{variable: named})[0]["lnprune._C_cuda"]
+    # One that is named and is not there: the one that is.
+    assert f"{home}/include" in extensions(path, CUDA_HOME=tmp_path)[0]["lnprune._C_cuda"]
+
+
+@pytest.mark.parametrize(
+    "nvcc", [None, "exit 1", "printf 'no such word\\n' >&2"], ids=["none", "fails", "silent"]
+)
+def test_without_a_toolkit_the_build_ends_with_a_warning(nvcc, extensions, tmp_path):
+    if nvcc is not None:
+        (tmp_path / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (tmp_path / "nvcc").chmod(0o755)
+    found, said = extensions(tmp_path)
+    assert list(found) == ["lnprune._C"]
+    (last,) = said.strip().splitlines()[-1:]
+    assert last.startswith("WARNING: lnprune was built for the CPU only.")
+    assert "CUDA_HOME" in last
+    # Where nothing is built, as for a wheel's metadata, nothing is said.
+    assert "CPU only" not in extensions(tmp_path, ["egg_info"])[1]
+
+
+def version_of(*command, **options) -> str:
+    found = run([sys.executable, *command], **options)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.splitlines()[-1]
+
+
+def test_the_version_has_one_source(folder):
+    copy_sources(folder)
+    metadata = importlib.metadata.metadata("lnprune")
+    assert metadata["Version"] == lnprune.__version__
+    # It is read, not imported: building needs no library of a build before.
+    init = folder / "lnprune" / "__init__.py"
+    init.write_text(init.read_text().replace(f'"{lnprune.__version__}"', '"7.8.9"'))
+    assert version_of("setup.py", "--version", cwd=folder) == "7.8.9"
+
+
+def tracked() -> set[str]:
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
+    if listed.returncode != 0:
+        pytest.skip("the sources came without their history")
+    return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_source_distribution_prunes(folder):
+    source, clean = folder / "source", folder / "clean"
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    # As `python -m build` does, but with the torch of this run.
+    hooks = "import setuptools.build_meta as b, sys; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    archive = version_of("-W", "ignore", "-c", hooks, "build_sdist", clean, cwd=source)
+    assert archive == f"lnprune-{lnprune.__version__}.tar.gz"
+    shutil.unpack_archive(clean / archive, clean, filter="data")
+    unpacked = clean / archive.removesuffix(".tar.gz")
+    shutil.rmtree(source)
+
+    made = {"PKG-INFO", "setup.cfg"}
+    held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    held = {name for name in held - made if ".egg-info" not in name}
+    # What serves the repository itself stays there.
+    assert tracked() - held <= {".gitignore", ".pre-commit-config.yaml", ".ci/run"}
+    assert held <= tracked()
+
+    wheel = version_of("-W", "ignore", "-c", hooks, "build_wheel", clean, cwd=unpacked)
+    site = folder / "site"
+    shutil.unpack_archive(clean / wheel, site, "zip")
+    assert {path.name for path in (site / "lnprune").iterdir()} > {"py.typed", "_C.pyi", "__init__.py"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{site}{os.pathsep}{pathlib.Path(torch.__file__).parent.parent}"
+    }
+    pruned = run([sys.executable, "-S", "-W", "ignore", "-c", PRUNE], cwd="/", env=environment)
+    assert pruned.returncode == 0, pruned.stderr
+    assert pruned.stdout.split()[1] == str(site / "lnprune" / "__init__.py")
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-"""patch: lnprune under torch's names for a while, with nothing of it left in torch or in a model."""
+"""patch: torch's class prunes natively for a while, with nothing of lnprune left in torch or in a model."""
 
 import contextlib
 import copy
-import copyreg
 import io
 import pickle
 import subprocess
@@ -16,6 +15,8 @@ from module_state import DEVICES, assert_same_state, bits, kept_channels, twins
 from test_portability import run_without_lnprune
 from torch import nn
 from torch.nn.utils import prune as stock
+from torch.nn.utils.prune import LnStructured as imported_before
+from torch.nn.utils.prune import ln_structured as imported_before_too
 
 import lnprune
 from lnprune import ops
@@ -25,43 +26,54 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-TORCHS = (stock.ln_structured, stock.LnStructured)
-OURS = (lnprune.ln_structured, lnprune.LnStructured)
-HOME = lnprune.LnStructured.__module__
+NAMES = ("apply", "compute_mask")
+TORCHS = {name: vars(stock.LnStructured)[name] for name in NAMES}
 
 
-def names():
-    return (stock.ln_structured, stock.LnStructured)
+def methods():
+    return {name: vars(stock.LnStructured)[name] for name in NAMES}
 
 
 def assert_torchs_again():
-    assert names() == TORCHS
-    assert lnprune.LnStructured.__module__ == HOME
-    assert stock.LnStructured.__module__ == "torch.nn.utils.prune"
-    assert stock.LnStructured not in copyreg.dispatch_table
+    assert methods() == TORCHS
+
+
+def assert_native():
+    assert all(method is not TORCHS[name] for name, method in methods().items())
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
-    """Whatever a test does, the names are torch's before and after it."""
+    """Whatever a test does, the module and the class are torch's before and after it."""
     assert_torchs_again()
-    content = dict(vars(stock))
+    module, kind = dict(vars(stock)), content_of_the_class()
     yield
     assert_torchs_again()
-    assert vars(stock) == content
+    assert vars(stock) == module
+    assert content_of_the_class() == kind
+
+
+def content_of_the_class():
+    """But for what the standard library keeps there when it pickles."""
+    return {key: value for key, value in vars(stock.LnStructured).items() if key != "__slotnames__"}
 
 
 def linear(device="cpu"):
     return nn.Linear(8, 6, device=device)
 
 
-def test_names_inside_and_after(device):
+def test_methods_inside_and_after(device):
     for _ in range(2):
         with lnprune.patch() as value:
             assert value is None
-            assert names() == OURS
-            assert torch.nn.utils.prune.ln_structured is lnprune.ln_structured
+            assert_native()
         assert_torchs_again()
+
+
+def test_no_name_of_torchs_module_changes(device):
+    names = dict(vars(stock))
+    with lnprune.patch():
+        assert vars(stock) == names
 
 
 def test_a_patch_that_nobody_enters(device):
@@ -72,29 +84,28 @@ def test_a_patch_that_nobody_enters(device):
 def test_as_a_decorator(device):
     @lnprune.patch()
     def inside():
-        return names()
+        assert_native()
 
-    assert inside() == inside() == OURS
+    inside()
+    inside()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_names_after_an_error(device, error):
-    seen = []
+def test_methods_after_an_error(device, error):
     with contextlib.suppress(error), lnprune.patch():
-        seen.append(names())
+        assert_native()
         raise error("on purpose")
-    assert seen == [OURS]
     assert_torchs_again()
 
 
 def test_nested(device):
     with lnprune.patch():
         with lnprune.patch():
-            assert names() == OURS
-        assert names() == OURS
+            assert_native()
+        assert_native()
         with pytest.raises(ValueError, match="on purpose"), lnprune.patch():
             raise ValueError("on purpose")
-        assert names() == OURS
+        assert_native()
 
 
 def test_entered_and_left_in_another_order(device):
@@ -102,7 +113,7 @@ def test_entered_and_left_in_another_order(device):
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert names() == OURS
+    assert_native()
     second.__exit__(None, None, None)
     assert_torchs_again()
 
@@ -110,10 +121,10 @@ def test_entered_and_left_in_another_order(device):
 def test_for_all_threads(device):
     seen = []
     with lnprune.patch():
-        thread = threading.Thread(target=lambda: seen.append(names()))
+        thread = threading.Thread(target=lambda: seen.append(methods()))
         thread.start()
         thread.join()
-    assert seen == [OURS]
+        assert seen == [methods()]
 
 
 def test_permanent(device):
@@ -123,10 +134,14 @@ def test_permanent(device):
 
     import lnprune
 
-    ours = (lnprune.ln_structured, lnprune.LnStructured)
+    torchs = vars(prune.LnStructured)["apply"]
+
+    def is_native():
+        return vars(prune.LnStructured)["apply"] is not torchs
+
     with lnprune.patch(permanently=True) as value:
         assert value is None
-    assert (prune.ln_structured, prune.LnStructured) == ours
+    assert is_native()
     with lnprune.patch():
         pass
     lnprune.patch(permanently=True)
@@ -135,10 +150,10 @@ def test_permanent(device):
             raise ValueError
     except ValueError:
         pass
-    assert (prune.ln_structured, prune.LnStructured) == ours
+    assert is_native()
     module = prune.ln_structured(torch.nn.Linear(4, 4), "weight", 2, 2, 0)
     (hook,) = module._forward_pre_hooks.values()
-    assert type(hook) is prune.LnStructured.__mro__[1]
+    assert type(hook) is prune.LnStructured
     prune.remove(module, "weight")
     assert not prune.is_pruned(module)
     """
@@ -270,23 +285,54 @@ def test_methods_in_a_container(device):
     assert torch.equal(method.prune(scores), scores * first)
 
 
+def test_what_was_imported_before_is_native(device, monkeypatch):
+    calls = native_calls(monkeypatch)
+    module = linear(device)
+    imported_before_too(module, "weight", 2, 2, 0)
+    assert calls == []
+    with lnprune.patch():
+        imported_before.apply(module, "weight", 1, 2, 1)
+        imported_before_too(module, "weight", 1, 2, 1)
+    assert len(calls) == 2
+
+
+def test_masks_of_the_class_itself_are_native(device, monkeypatch):
+    """Two channels that torch cannot tell apart: bfloat16 has no number for their difference."""
+    scores = torch.tensor([[1.0, 1e-6], [1.0, 0.0], [1.0, 2e-6]], dtype=torch.bfloat16, device=device)
+    method = imported_before(amount=1, n=1, dim=0)
+    with lnprune.patch():
+        mask = method.compute_mask(scores, torch.ones_like(scores))
+        pruned = method.prune(scores)
+    assert kept_channels(mask, 0).tolist() == [True, False, True]
+    assert torch.equal(pruned, scores * mask)
+
+
 class Own(stock.LnStructured):
     """A subclass of torch's class, from before."""
 
 
-def test_subclasses_from_before_stay_torchs(device):
+class Reversed(stock.LnStructured):
+    """A subclass that prunes the largest."""
+
+    def compute_mask(self, t, default_mask):
+        return super().compute_mask(1 / t, default_mask)
+
+
+@pytest.mark.parametrize("kind", [Own, Reversed])
+def test_subclasses_from_before(device, kind):
+    """They are installed as themselves, and choose as they do, by native norms."""
     with lnprune.reference_ranking():
         actual, expected = twins(lambda: linear(device))
         with lnprune.patch():
-            Own.apply(actual, "weight", 0.5, 2, 0)
-        Own.apply(expected, "weight", 0.5, 2, 0)
+            kind.apply(actual, "weight", 0.5, 2, 0)
+        kind.apply(expected, "weight", 0.5, 2, 0)
     assert_same_state(actual, expected)
     (hook,) = actual._forward_pre_hooks.values()
-    assert type(hook) is Own
+    assert type(hook) is kind
 
 
 def test_subclasses_made_inside(device):
-    """They are subclasses of lnprune's class, and work inside and after."""
+    """They work inside and after."""
     with lnprune.patch():
 
         class Inner(stock.LnStructured):
@@ -472,12 +518,9 @@ def test_a_deep_copy_made_inside_holds_torchs_hooks(device):
 
 @pytest.mark.parametrize("kind", ["torch's", "lnprune's"])
 def test_the_class_itself_pickles(device, kind):
-    """By name: inside, the name stands for lnprune's."""
-    with lnprune.patch():
-        content = pickle.dumps(lnprune.LnStructured)
-        assert pickle.loads(content) is lnprune.LnStructured
-    assert pickle.loads(content) is stock.LnStructured
     chosen = stock.LnStructured if kind == "torch's" else lnprune.LnStructured
-    assert pickle.loads(pickle.dumps(chosen)) is chosen
-    method = pickle.loads(pickle.dumps(chosen(amount=1, n=2, dim=0)))
-    assert type(method) is stock.LnStructured
+    for context in (lnprune.patch(), contextlib.nullcontext()):
+        with context:
+            assert pickle.loads(pickle.dumps(chosen)) is chosen
+            method = pickle.loads(pickle.dumps(chosen(amount=1, n=2, dim=0)))
+            assert type(method) is stock.LnStructured

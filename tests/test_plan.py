@@ -17,6 +17,8 @@ from torch.nn.utils import prune as stock
 
 import lnprune
 from lnprune import report
+from lnprune.parameters import Weight
+from lnprune.ranking import Ranking
 
 
 def rows(*norms, size=1):
@@ -316,17 +318,17 @@ def test_a_plot_shows_the_norms_by_rank_and_how_many_are_kept(monkeypatch, tmp_p
     monkeypatch.setattr(report, "plot", lambda *arguments: drawn.append(arguments))
     plan = example()
     plan.plot("path")
-    ((shown, ranked, path),) = drawn
-    assert shown is plan
-    assert path == "path"
-    assert [(name, norms.tolist(), kept) for name, norms, kept in ranked] == [
-        ("0.weight", [6.0, 3.0, 3.0, 1.0], 2),
-        ("2.weight", [8.0, 4.0], 1),
-        ("3.weight", [5.0, 2.0, 1.0], 3),
+    ((n, entries, ranked, path),) = drawn
+    assert (n, entries, path) == (1, plan.entries, "path")
+    assert [entry.name for entry in entries] == ["0.weight", "2.weight", "3.weight"]
+    assert [(norms.tolist(), kept) for norms, kept in ranked] == [
+        ([6.0, 3.0, 3.0, 1.0], 2),
+        ([8.0, 4.0], 1),
+        ([5.0, 2.0, 1.0], 3),
     ]
     module = prune_channels(rows(9, 9, 3, 4, 0, 6), [0, 1])
     lnprune.rank(module, 2, 0).select(2, group_size=2).plot("path")
-    ((_, norms, kept),) = drawn[1][1]
+    ((norms, kept),) = drawn[1][2]
     assert (norms.tolist(), kept) == ([6.0, 5.0], 1)
 
 
@@ -717,3 +719,65 @@ def test_entries_of_later_versions_may_have_more_fields(tmp_path):
         values["parameters"][0]["comment"] = [1]
 
     assert lnprune.load_plan(saved(tmp_path, change), model_of_three()).to_dict() == example().to_dict()
+
+
+# ---------------------------------------------------------------------------------- without a model
+
+
+def weights_of_a_file():
+    """Names, shapes and dims, as of tensors in a file."""
+    return [Weight(["first"], (4, 3), 0), Weight(["second", "its other name"], (2, 4, 5), 1)]
+
+
+def test_a_ranking_and_its_plan_need_no_model(tmp_path):
+    norms = [torch.tensor([3.0, 1.0, 4.0, 2.0]).double(), torch.tensor([1.0, 9.0, 2.0, 5.0]).double()]
+    ranking = Ranking(weights_of_a_file(), 2, norms)
+    assert {name: values.tolist() for name, values in ranking.norms.items()} == {
+        "first": norms[0].tolist(),
+        "second": norms[1].tolist(),
+    }
+    plan = ranking.select(0.5)
+    assert {name: keep.tolist() for name, keep in plan.keep.items()} == {
+        "first": [True, False, True, False],
+        "second": [False, True, False, True],
+    }
+    assert [entry.parameters_removed for entry in plan.entries] == [6, 20]
+    assert "its other name" in str(plan.to_dict())
+    plan.save(tmp_path / "plan")
+    model = nn.Module()
+    model.first = nn.Parameter(torch.randn(4, 3))
+    model.second = nn.Parameter(torch.randn(2, 4, 5))
+    setattr(model, "its other name", model.second)
+    lnprune.load_plan(tmp_path / "plan", model).apply(permanent=True)
+    assert model.first.ne(0).all(dim=1).tolist() == [True, False, True, False]
+    assert model.second.ne(0).all(dim=2).tolist() == [[False, True, False, True]] * 2
+
+
+def test_channels_pruned_before_take_no_part_without_a_model():
+    norms = [torch.tensor([3.0, 1.0, 4.0, 2.0]).double(), torch.ones(4).double()]
+    ranking = Ranking(weights_of_a_file(), 2, norms, {0: torch.tensor([3.0, 0.0, 3.0, 3.0])})
+    assert ranking.select({"first": 1, "second": 0}).keep["first"].tolist() == [True, False, True, False]
+
+
+def test_a_plan_without_a_model_is_not_applied():
+    plan = Ranking(weights_of_a_file(), 2, [torch.ones(4).double()] * 2).select(1)
+    for options in ({}, {"permanent": True}):
+        with pytest.raises(RuntimeError, match=r"^first: the plan was made without a model"):
+            plan.apply(**options)
+
+
+def test_flags_that_are_handed_out_are_copies():
+    plan = example()
+    before = {name: keep.clone() for name, keep in plan.keep.items()}
+    for keep in plan.keep.values():
+        keep.logical_not_()
+    assert all(torch.equal(plan.keep[name], keep) for name, keep in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_plan_for_a_model_without_shapes_yet(tmp_path):
+    lnprune.rank(nn.Sequential(nn.Linear(3, 4)), 2, "out").select(1).save(tmp_path / "plan")
+    with pytest.raises(
+        ValueError, match=r"^0\.weight: expected a parameter with a shape, got one not init"
+    ):
+        lnprune.load_plan(tmp_path / "plan", nn.Sequential(nn.LazyLinear(4)))

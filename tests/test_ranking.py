@@ -1117,3 +1117,47 @@ def test_norms_without_an_order_select_where_they_need_none():
         ranking.select(5, scope="global")
     with pytest.raises(ValueError, match=r"^group_size=2 needs a norm of vectors, whose order is a number"):
         ranking.select(2, group_size=2)
+
+
+@pytest.mark.parametrize("option", ["min_channels", "multiple_of", "group_size"])
+def test_numbers_of_channels_that_no_layer_has(option):
+    ranking = lnprune.rank(nn.Linear(8, 8), 2, 0)
+    for number in (2**31, 2**70):
+        with pytest.raises(ValueError, match=f"^{option}: expected less than 2147483648, got {number}$"):
+            ranking.select(0.5, **{option: number})
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("of", ["channels", "parameters"])
+def test_a_multiple_that_no_layer_has_keeps_nothing(scope, of):
+    """Where that is allowed; whatever the multiple is, the selection stays small."""
+    plan = lnprune.rank(nn.Linear(8, 8), 2, 0).select(
+        0.5, scope=scope, of=of, min_channels=0, multiple_of=2**31 - 1
+    )
+    assert [entry.kept for entry in plan.entries] == [0]
+
+
+class Unusual(ValueError):
+    """An exception that is not made from a message alone."""
+
+    def __init__(self, code, reason):
+        super().__init__(reason)
+        self.code = code
+
+
+def test_errors_of_any_kind_get_the_parameters_name(monkeypatch):
+    def fail(*_):
+        raise Unusual(7, "on purpose")
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for module, function, call in (
+        ("norms", "reference.channel_norms", lambda: lnprune.rank(model, "nuc", 0)),
+        ("masks", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0)),
+        ("masks", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True)),
+        ("selection", "kept_of", lambda: lnprune.rank(model, 2, 0).select(1)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lnprune.{module}.{function}", fail)
+            with pytest.raises(Unusual, match=r"^0\.weight: on purpose$") as caught:
+                call()
+        assert caught.value.code == 7

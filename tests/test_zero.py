@@ -1,11 +1,15 @@
 """Zeros in place: pruned channels become +0.0, and not a bit of anything else changes."""
 
 import math
+import mmap
+import sys
+import warnings
 
 import cases
 import pytest
 import torch
 
+import lnprune
 from lnprune import ops
 
 pytestmark = pytest.mark.parametrize("device", cases.DEVICES)
@@ -241,3 +245,101 @@ def test_autograd_sees_that_the_tensors_have_changed(device):
     assert weight.is_leaf
     weight.square().sum().backward()
     assert torch.equal(weight.grad, 2 * weight)
+
+
+# Both ways to zero every second channel of weights, whose even channels have the larger norms.
+IN_PLACE = {
+    "zero": lambda library, weights: library.zero_channels_(
+        weights, [torch.arange(len(w), device=w.device) % 2 == 0 for w in weights], [0] * len(weights)
+    ),
+    "prune": lambda library, weights: library.prune_channels_(
+        weights, weights, [0] * len(weights), 2.0, [-1] * len(weights), [0.5] * len(weights)
+    ),
+}
+
+
+def even_channels_larger(shape, device="cpu"):
+    weight = cases.random_values(shape, torch.float32, device)
+    weight[::2] *= 1e6
+    return weight
+
+
+@pytest.mark.parametrize("way", IN_PLACE)
+@pytest.mark.parametrize("shape", [(6, 5), (300, 700)])
+def test_lazy_copies_get_memory_of_their_own_before_they_are_written(shape, way, device):
+    weight = even_channels_larger(shape, device)
+    before = cases.bits(weight)
+    copies = [torch._lazy_clone(weight) for _ in range(3)]
+    # As its own scores, beside another copy, and through a view.
+    IN_PLACE[way](ops, copies[:2])
+    IN_PLACE[way](ops, [copies[2].view(shape)])
+    assert torch.equal(cases.bits(weight), before)
+    before[1::2] = 0
+    assert_bits(copies, [before] * 3)
+
+
+def test_a_lazy_copy_is_ranked_by_scores_that_share_its_memory(device):
+    weight = even_channels_larger((6, 5), device)
+    copy, before = torch._lazy_clone(weight), cases.bits(weight)
+    ops.prune_channels_([weight], [copy], [0], 2.0, [3], [0.0])
+    assert torch.equal(cases.bits(weight), before)
+    before[1::2] = 0
+    assert torch.equal(cases.bits(copy), before)
+
+
+@pytest.fixture
+def read_only(tmp_path, device):
+    """A weight in a file that is mapped for reading, as some loaders of checkpoints do."""
+    if device != "cpu":
+        pytest.skip("files are mapped into the memory of the CPU")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("only Linux is asked whether memory can be written")
+    file = tmp_path / "weight"
+    file.write_bytes(even_channels_larger((64, 300)).numpy().tobytes())
+    with file.open("rb") as opened:
+        mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight = torch.frombuffer(mapping, dtype=torch.float32).view(64, 300)
+    yield weight
+    assert weight.numpy().tobytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("way", IN_PLACE)
+def test_memory_that_cannot_be_written_is_refused_before_anything_is(way, read_only, device):
+    # By the ops of the CPU, also where tests run others.
+    native = torch.ops.lnprune
+    weight = even_channels_larger((6, 5))
+    before, version = cases.bits(weight), weight._version
+    for weights, place in (
+        ([read_only], "0 of 1"),
+        ([weight, read_only], "1 of 2"),
+        ([read_only.flatten()[3:4].view(1, 1), weight], "0 of 2"),
+        ([read_only.view(torch.float8_e5m2).flatten()[5:11].view(2, 3)], "0 of 1"),  # not aligned
+        ([weight] * 5 + [read_only.view(300, 64)], "5 of 6"),
+    ):
+        with pytest.raises(
+            RuntimeError, match=f"expected memory that can be written, got .* tensor {place}"
+        ):
+            IN_PLACE[way](native, weights)
+    assert torch.equal(cases.bits(weight), before)
+    assert weight._version == version
+    norms = lnprune.channel_norms(read_only, 2, 0)
+    assert norms[::2].min() > norms[1::2].max()
+
+
+@pytest.mark.parametrize("way", IN_PLACE)
+def test_files_mapped_for_writing_are_written(way, tmp_path, device):
+    if device != "cpu":
+        pytest.skip("files are mapped into the memory of the CPU")
+    for shared in (False, True):
+        weight = even_channels_larger((64, 300))
+        expected = weight.clone()
+        expected[1::2] = 0
+        file = tmp_path / f"weight_{shared}"
+        file.write_bytes(weight.numpy().tobytes())
+        mapped = torch.from_file(str(file), shared=shared, size=weight.numel()).view(64, 300)
+        IN_PLACE[way](torch.ops.lnprune, [mapped])
+        assert torch.equal(mapped, expected)
+        held = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float32).view(64, 300)
+        assert torch.equal(held, expected if shared else weight)

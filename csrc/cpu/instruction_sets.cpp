@@ -2,20 +2,39 @@
 #include "instruction_sets.h"
 
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace lnprune::cpu {
 namespace {
 
+// The place in kNames of what LNPRUNE_INSTRUCTION_SET names; of the best where it is not set.
+int wanted() {
+  const char* value = std::getenv("LNPRUNE_INSTRUCTION_SET");
+  if (value == nullptr || *value == '\0') return 2;
+  for (int place = 0; place <= 2; ++place) {
+    if (std::string(value) == kNames[place]) return place;
+  }
+  throw std::runtime_error(std::string("lnprune: expected LNPRUNE_INSTRUCTION_SET to be ") +
+                           kNames[0] + ", " + kNames[1] + " or " + kNames[2] + ", got " + value);
+}
+
 const InstructionSet& choose() {
+  const int most = wanted();
 #ifdef LNPRUNE_X86_64_LEVELS
-  const char* wanted = std::getenv("LNPRUNE_INSTRUCTION_SET");
+  // By features: GCC before 12 does not know the levels by their names.
   __builtin_cpu_init();
-  const bool v4 = __builtin_cpu_supports("x86-64-v4");
-  const bool v3 = __builtin_cpu_supports("x86-64-v3");
-  if (v4 && (wanted == nullptr || std::strcmp(wanted, kX86_64_v4.name) == 0)) return kX86_64_v4;
-  if (v3 && (wanted == nullptr || std::strcmp(wanted, kBaseline.name) != 0)) return kX86_64_v3;
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
+                  __builtin_cpu_supports("fma") && __builtin_cpu_supports("lzcnt") &&
+                  __builtin_cpu_supports("movbe");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4 && most >= 2) return kX86_64_v4;
+  if (v3 && most >= 1) return kX86_64_v3;
 #endif
+  (void)most;
   return kBaseline;
 }
 

@@ -35,9 +35,12 @@ struct InstructionSet {
   const char* name;
   // One partial of 8 bytes per channel of the chunk.
   void (*reduce[kElementTypes][kNormKinds])(const Chunk& chunk, double p, void* partials);
-  // norms[c] from partials[chunk][c], folded in the order of the chunks.
+  // norms[c], or the sum before the root, from partials[chunk][c], folded in the order of the
+  // chunks.
   void (*finish[kElementTypes][kNormKinds])(const void* partials, int64_t chunks, int64_t stride,
-                                            int64_t channels, double p, double* norms);
+                                            int64_t channels, double p, bool rooted, double* norms);
+  // norms[c] from the sums before the root.
+  void (*root[kNormKinds])(const double* sums, int64_t channels, double p, double* norms);
   // `length` elements of channels that share one keep flag.
   void (*write_run[kElementTypes])(const WritePart& part, int64_t length, bool keep);
   // Rows of `columns` elements at a distance of `row_stride`; column j belongs to keep[j / inner].
@@ -45,15 +48,20 @@ struct InstructionSet {
                                        int64_t columns, int64_t inner, const bool* keep);
 };
 
+// From the least to the best; what build_info() says and LNPRUNE_INSTRUCTION_SET takes.
+constexpr const char* kNames[] = {"baseline", "x86-64-v3", "x86-64-v4"};
+
 extern const InstructionSet kBaseline;
-// Clang has no #pragma GCC target: there the baseline is what its flags make it.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Clang has no #pragma GCC target, and GCC before 11 does not know the levels: there the baseline
+// is what the compiler's flags make it.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 11 && !defined(__clang__)
 #define LNPRUNE_X86_64_LEVELS 1
 extern const InstructionSet kX86_64_v3;
 extern const InstructionSet kX86_64_v4;
 #endif
 
-// The best table for this processor; LNPRUNE_INSTRUCTION_SET names a lesser one.
+// The best table for this processor, or the lesser one that LNPRUNE_INSTRUCTION_SET names. Throws
+// where that is none of the names.
 const InstructionSet& instructions();
 
 }  // namespace lnprune::cpu

@@ -19,6 +19,8 @@ constexpr InstructionSet make_table(const char* name) {
             reduce<Minimum, T>, reduce<HalfIntegerPowerSum, T>, reduce<PowerSum, T>}...},
           {{finish<NonzeroCount, T>, finish<Sum, T>, finish<SumOfSquares, T>, finish<Maximum, T>,
             finish<Minimum, T>, finish<HalfIntegerPowerSum, T>, finish<PowerSum, T>}...},
+          {root<NonzeroCount>, root<Sum>, root<SumOfSquares>, root<Maximum>, root<Minimum>,
+           root<HalfIntegerPowerSum>, root<PowerSum>},
           {write_run<T>...},
           {write_columns<T>...}};
 }

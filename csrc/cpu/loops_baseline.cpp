@@ -2,5 +2,5 @@
 #include "instruction_sets.h"
 #define LNPRUNE_TABLE kBaseline
 #define LNPRUNE_X86_64_LEVEL 1
-#define LNPRUNE_TABLE_NAME "baseline"
+#define LNPRUNE_TABLE_NAME kNames[0]
 #include "loops.h"

@@ -7,7 +7,7 @@
 #pragma GCC target("arch=x86-64-v3")
 #define LNPRUNE_TABLE kX86_64_v3
 #define LNPRUNE_X86_64_LEVEL 3
-#define LNPRUNE_TABLE_NAME "x86-64-v3"
+#define LNPRUNE_TABLE_NAME kNames[1]
 #include "loops.h"
 #pragma GCC pop_options
 #endif

@@ -7,7 +7,7 @@
 #pragma GCC target("arch=x86-64-v4")
 #define LNPRUNE_TABLE kX86_64_v4
 #define LNPRUNE_X86_64_LEVEL 4
-#define LNPRUNE_TABLE_NAME "x86-64-v4"
+#define LNPRUNE_TABLE_NAME kNames[2]
 #include "loops.h"
 #pragma GCC pop_options
 #endif

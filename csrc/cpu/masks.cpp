@@ -6,9 +6,6 @@
 
 #include "instruction_sets.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -16,41 +13,42 @@
 namespace lnprune::cpu {
 namespace {
 
-// Elements of a task: large enough to amortise its start, small enough to share evenly. Zeroing
+// Elements of a tile: large enough to amortise its start, small enough to share evenly. Zeroing
 // columns takes more rows at once, since it works out the pattern of a row first.
-constexpr int64_t kTaskElements = 32768;
-constexpr int64_t kZeroTaskElements = 131072;
+constexpr int64_t kTileElements = 32768;
+constexpr int64_t kZeroTileElements = 131072;
 
-// A task is a range of rows and of columns. Where channels are runs, the tensor counts as one row.
-struct Cutting {
+// How one item is cut into tiles, ranges of rows and of columns. A task is one tile. Where channels
+// are runs, the tensor counts as one row.
+struct Tiles {
   bool runs;
   int64_t rows;
   int64_t columns;
-  int64_t rows_per_task;
-  int64_t columns_per_task;
-  int64_t strips;
-  int64_t tasks;
+  int64_t rows_per_tile;
+  int64_t columns_per_tile;
+  int64_t strips;  // tiles side by side
+  int64_t count;
   int64_t first_task;
 };
 
-Cutting cut(const Slices& slices, int64_t elements_per_task) {
-  Cutting cutting{};
-  cutting.runs = slices.inner >= kShortestRun;
-  if (cutting.runs) {
-    cutting.rows = 1;
-    cutting.columns = slices.elements();
-    cutting.columns_per_task = elements_per_task;
-    cutting.rows_per_task = 1;
+Tiles make_tiles(const Slices& slices, int64_t elements_per_tile) {
+  Tiles tiles{};
+  tiles.runs = slices.inner >= kShortestRun;
+  if (tiles.runs) {
+    tiles.rows = 1;
+    tiles.columns = slices.elements();
+    tiles.columns_per_tile = elements_per_tile;
+    tiles.rows_per_tile = 1;
   } else {
-    cutting.rows = slices.outer;
-    cutting.columns = slices.row();
-    cutting.columns_per_task = kColumns / slices.inner * slices.inner;
-    cutting.rows_per_task = std::max<int64_t>(
-        1, elements_per_task / std::min(cutting.columns, cutting.columns_per_task));
+    tiles.rows = slices.outer;
+    tiles.columns = slices.row();
+    tiles.columns_per_tile = kColumns / slices.inner * slices.inner;
+    tiles.rows_per_tile =
+        std::max<int64_t>(1, elements_per_tile / std::min(tiles.columns, tiles.columns_per_tile));
   }
-  cutting.strips = divide_up(cutting.columns, cutting.columns_per_task);
-  cutting.tasks = cutting.strips * divide_up(cutting.rows, cutting.rows_per_task);
-  return cutting;
+  tiles.strips = divide_up(tiles.columns, tiles.columns_per_tile);
+  tiles.count = tiles.strips * divide_up(tiles.rows, tiles.rows_per_tile);
+  return tiles;
 }
 
 // Rows of consecutive whole channels that lie as columns; `element` is the first.
@@ -66,32 +64,32 @@ struct ColumnPart {
 // columns, on_run(item, element, length, kept) for each piece of a run, and at_end() when a thread
 // has done its share.
 template <class Item, class OnColumns, class OnRun, class AtEnd>
-void visit(const Item* items, size_t count, int64_t elements_per_task, ParallelFor parallel_for,
+void visit(const Item* items, size_t count, int64_t elements_per_tile, ParallelFor parallel_for,
            OnColumns on_columns, OnRun on_run, AtEnd at_end) {
-  std::vector<Cutting> cuttings(count);
+  std::vector<Tiles> tiles(count);
   int64_t tasks = 0;
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) {
-    cuttings[i] = cut(items[i].slices, elements_per_task);
-    cuttings[i].first_task = tasks;
-    tasks += cuttings[i].tasks;
+    tiles[i] = make_tiles(items[i].slices, elements_per_tile);
+    tiles[i].first_task = tasks;
+    tasks += tiles[i].count;
     elements += items[i].slices.elements();
   }
   const auto run_tasks = [&](int64_t begin, int64_t end) {
     size_t i = 0;
     for (int64_t task = begin; task < end; ++task) {
-      while (task >= cuttings[i].first_task + cuttings[i].tasks) ++i;
+      while (task >= tiles[i].first_task + tiles[i].count) ++i;
       const Item& item = items[i];
-      const Cutting& cutting = cuttings[i];
+      const Tiles& cut = tiles[i];
       const int64_t inner = item.slices.inner;
-      const int64_t local = task - cutting.first_task;
-      const int64_t row = local / cutting.strips * cutting.rows_per_task;
-      const int64_t column = local % cutting.strips * cutting.columns_per_task;
-      const int64_t columns = std::min(cutting.columns_per_task, cutting.columns - column);
-      if (!cutting.runs) {
-        on_columns(item, ColumnPart{row * cutting.columns + column,
-                                    std::min(cutting.rows_per_task, cutting.rows - row),
-                                    cutting.columns, columns, item.keep + column / inner});
+      const int64_t local = task - cut.first_task;
+      const int64_t row = local / cut.strips * cut.rows_per_tile;
+      const int64_t column = local % cut.strips * cut.columns_per_tile;
+      const int64_t columns = std::min(cut.columns_per_tile, cut.columns - column);
+      if (!cut.runs) {
+        on_columns(item, ColumnPart{row * cut.columns + column,
+                                    std::min(cut.rows_per_tile, cut.rows - row), cut.columns,
+                                    columns, item.keep + column / inner});
         continue;
       }
       for (int64_t element = column; element < column + columns;) {
@@ -191,7 +189,7 @@ void zero_columns(Word* words, const ColumnPart& part, int64_t inner) {
 
 void write(const WriteItem* items, size_t count, ParallelFor parallel_for) {
   visit(
-      items, count, kTaskElements, parallel_for,
+      items, count, kTileElements, parallel_for,
       [](const WriteItem& item, const ColumnPart& part) {
         instructions().write_columns[static_cast<int>(item.type)](
             part_at(item, part.element), part.rows, part.row_stride, part.columns,
@@ -210,7 +208,7 @@ void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for) {
   }
   const bool uncached = bytes_in_all >= kUncachedBytes;
   visit(
-      items, count, kZeroTaskElements, parallel_for,
+      items, count, kZeroTileElements, parallel_for,
       [](const ZeroItem& item, const ColumnPart& part) {
         const int64_t inner = item.slices.inner;
         switch (element_bytes(item.type)) {
@@ -231,20 +229,6 @@ void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for) {
         }
       },
       finish_uncached_stores);
-}
-
-void advise_huge_pages(void* block, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(block);
-  const uintptr_t begin = (address + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (address + bytes) & ~(kHugePage - 1);
-  // Advice only: where it is refused the block is as usable as before.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)block;
-  (void)bytes;
-#endif
 }
 
 }  // namespace lnprune::cpu

@@ -69,8 +69,8 @@ void reduce_runs(const Norm norm, const Chunk& chunk, typename Norm::Partial* pa
   }
 }
 
-// accumulators[j] takes column j of kRows rows, top to bottom: loaded and stored once for all of
-// them.
+// accumulators[j] takes column j of kRows rows, one or eight, top to bottom: loaded and stored once
+// for all of them.
 template <class Norm, class Real, int kRows, class T>
 LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t row_stride,
                                    int64_t columns,
@@ -82,24 +82,14 @@ LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t r
     const int64_t n = columns - start < kColumnBlock ? columns - start : kColumnBlock;
     const T* at = elements + start;
     typename Norm::Accumulator* __restrict a = accumulators + start;
-    const auto x0 = widen(at, n, buffer[0]);
-    if constexpr (kRows == 1) {
-      for (int64_t j = 0; j < n; ++j) a[j] = norm.map(a[j], x0[j]);
-    } else {
-      static_assert(kRows == 8, "a sweep takes one row or eight");
-      const auto x1 = widen(at + row_stride, n, buffer[1]);
-      const auto x2 = widen(at + 2 * row_stride, n, buffer[2]);
-      const auto x3 = widen(at + 3 * row_stride, n, buffer[3]);
-      const auto x4 = widen(at + 4 * row_stride, n, buffer[4]);
-      const auto x5 = widen(at + 5 * row_stride, n, buffer[5]);
-      const auto x6 = widen(at + 6 * row_stride, n, buffer[6]);
-      const auto x7 = widen(at + 7 * row_stride, n, buffer[7]);
-      for (int64_t j = 0; j < n; ++j) {
-        typename Norm::Accumulator sum = norm.map(norm.map(a[j], x0[j]), x1[j]);
-        sum = norm.map(norm.map(sum, x2[j]), x3[j]);
-        sum = norm.map(norm.map(sum, x4[j]), x5[j]);
-        a[j] = norm.map(norm.map(sum, x6[j]), x7[j]);
-      }
+    decltype(widen(at, n, buffer[0])) x[kRows];
+    // Apart, GCC makes the loops of a widening faster than as a loop within this one.
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] = widen(at + r * row_stride, n, buffer[r]);
+    for (int64_t j = 0; j < n; ++j) {
+      typename Norm::Accumulator sum = a[j];
+      for (int r = 0; r < kRows; ++r) sum = norm.map(sum, x[r][j]);
+      a[j] = sum;
     }
   }
 }
@@ -163,7 +153,7 @@ void reduce(const Chunk& chunk, double p, void* partials) {
 
 template <template <class> class Norm, class T>
 void finish(const void* partials, int64_t chunks, int64_t stride, int64_t channels, double p,
-            double* norms) {
+            bool rooted, double* norms) {
   using Real = typename RealFor<Norm, T>::Type;
   const Norm<Real> norm(p);
   using Partial = typename Norm<Real>::Partial;
@@ -177,6 +167,14 @@ void finish(const void* partials, int64_t chunks, int64_t stride, int64_t channe
       const Partial* row = typed + chunk * stride + first;
       for (int64_t c = 0; c < n; ++c) sum[c] = norm.combine(sum[c], row[c]);
     }
-    for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.project(sum[c]);
+    for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.total(sum[c]);
+    if (!rooted) continue;
+    for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.root(norms[first + c]);
   }
+}
+
+template <template <class> class Norm>
+void root(const double* sums, int64_t channels, double p, double* norms) {
+  const Norm<double> norm(p);
+  for (int64_t c = 0; c < channels; ++c) norms[c] = norm.root(sums[c]);
 }

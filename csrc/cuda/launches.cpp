@@ -48,28 +48,30 @@ bool is_uneven(const Slices& slices, int64_t bytes) {
 }
 
 void cut_runs(RankTask& task, const Slices& slices, int64_t bytes) {
+  RunCut& cut = task.run_cut;
   const int64_t vector = vector_length(bytes);
   const bool whole_vectors = slices.inner % vector == 0;
   const bool has_one_run = slices.outer * slices.channels == 1;
-  task.rows = slices.outer;
-  task.row_elements = slices.row();
-  task.run_per_chunk = std::min(slices.inner, kRunChunk);
-  task.run_chunks = divide_up(slices.inner, task.run_per_chunk);
-  task.rows_per_chunk =
+  cut.rows = slices.outer;
+  cut.row_elements = slices.row();
+  cut.run_per_chunk = std::min(slices.inner, kRunChunk);
+  cut.run_chunks = divide_up(slices.inner, cut.run_per_chunk);
+  cut.rows_per_chunk =
       is_uneven(slices, bytes) ? 1 : std::max<int64_t>(1, kRunChunk / slices.inner);
-  task.chunks = divide_up(slices.outer, task.rows_per_chunk) * task.run_chunks;
   const int64_t vectors_per_lane = std::clamp(slices.elements() / (kManyBlocks * kThreads * vector),
                                               kVectorsPerLane, kMostVectorsPerLane);
-  const int64_t lanes = power_of_two_below(task.run_per_chunk / (vectors_per_lane * vector));
-  task.lanes = static_cast<int>(std::clamp<int64_t>(lanes, 4, kThreads));
-  const int64_t rows = power_of_two_below(std::min(task.rows_per_chunk, slices.outer));
-  task.groups = static_cast<int>(std::min<int64_t>(kThreads / task.lanes, rows));
-  task.channels_per_strip = kThreads / (task.lanes * task.groups);
-  task.strips = divide_up(slices.channels, task.channels_per_strip);
+  const int64_t lanes = power_of_two_below(cut.run_per_chunk / (vectors_per_lane * vector));
+  cut.lanes = static_cast<int>(std::clamp<int64_t>(lanes, 4, kThreads));
+  const int64_t rows = power_of_two_below(std::min(cut.rows_per_chunk, slices.outer));
+  cut.groups = static_cast<int>(std::min<int64_t>(kThreads / cut.lanes, rows));
+  cut.channels_per_strip = kThreads / (cut.lanes * cut.groups);
+  task.chunks = divide_up(slices.outer, cut.rows_per_chunk) * cut.run_chunks;
+  task.strips = divide_up(slices.channels, cut.channels_per_strip);
   task.aligned = is_aligned(task.elements, vector * bytes) && (has_one_run || whole_vectors);
 }
 
 void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
+  ColumnCut& cut = task.column_cut;
   const int64_t vector = vector_length(bytes);
   const int64_t row = slices.row();
   // Narrow rows are taken several at a time, as many as make a row of whole vectors.
@@ -79,41 +81,40 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
     merged = whole * std::max<int64_t>(1, kStripVectors * vector / (whole * row));
     merged = std::min(merged, slices.outer / whole * whole);
   }
-  task.row_elements = merged * row;
-  task.rows = divide_up(slices.outer, merged);
-  const bool few_rows = task.rows < kFewRows;
+  cut.row_elements = merged * row;
+  cut.rows = divide_up(slices.outer, merged);
+  cut.elements = slices.elements();
+  const bool few_rows = cut.rows < kFewRows;
   // Strips of whole channels and whole vectors.
   const int64_t strip_vectors = few_rows ? kThreads : kStripVectors;
-  if (task.row_elements <= strip_vectors * vector || merged > 1) {
-    task.columns_per_strip = static_cast<int>(task.row_elements);
-    task.channels_per_strip = static_cast<int>(slices.channels);
+  if (cut.row_elements <= strip_vectors * vector || merged > 1) {
+    cut.columns_per_strip = static_cast<int>(cut.row_elements);
+    cut.channels_per_strip = static_cast<int>(slices.channels);
     task.strips = 1;
   } else {
     // Vectors stay whole where rows are aligned and a block is wide enough for it.
     const int64_t whole_unit = std::lcm(slices.inner, vector);
     const bool keeps_vectors = row % vector == 0 && whole_unit <= kThreads * vector;
     const int64_t unit = keeps_vectors ? whole_unit : slices.inner;
-    task.columns_per_strip =
+    cut.columns_per_strip =
         static_cast<int>(std::max<int64_t>(1, strip_vectors * vector / unit) * unit);
-    task.channels_per_strip = task.columns_per_strip / static_cast<int>(slices.inner);
-    task.strips = divide_up(slices.channels, task.channels_per_strip);
+    cut.channels_per_strip = cut.columns_per_strip / static_cast<int>(slices.inner);
+    task.strips = divide_up(slices.channels, cut.channels_per_strip);
   }
-  task.lanes = static_cast<int>(divide_up(task.columns_per_strip, vector));
-  task.groups = few_rows ? 1 : kThreads / task.lanes;
+  cut.lanes = static_cast<int>(divide_up(cut.columns_per_strip, vector));
+  cut.groups = few_rows ? 1 : kThreads / cut.lanes;
   const int64_t merged_inner = slices.inner * merged;
   const int64_t fewest =
-      std::max(divide_up(kBytesPerPartial, merged_inner * bytes), kRowsPerGroup * task.groups);
-  task.rows_per_chunk = few_rows ? task.rows
-                                 : std::clamp(task.rows * task.strips / kManyBlocks, fewest,
-                                              kMostChunkGrowth * fewest);
-  task.run_per_chunk = slices.inner;
-  task.run_chunks = 1;
-  task.chunks = divide_up(task.rows, task.rows_per_chunk);
-  task.aligned = is_aligned(task.elements, vector * bytes) && task.row_elements % vector == 0 &&
-                 (task.strips == 1 || task.columns_per_strip % vector == 0);
+      std::max(divide_up(kBytesPerPartial, merged_inner * bytes), kRowsPerGroup * cut.groups);
+  cut.rows_per_chunk = few_rows ? cut.rows
+                                : std::clamp(cut.rows * task.strips / kManyBlocks, fewest,
+                                             kMostChunkGrowth * fewest);
+  task.chunks = divide_up(cut.rows, cut.rows_per_chunk);
+  task.aligned = is_aligned(task.elements, vector * bytes) && cut.row_elements % vector == 0 &&
+                 (task.strips == 1 || cut.columns_per_strip % vector == 0);
 }
 
-RankTask make_task(const RankItem& item, bool counts) {
+RankTask make_task(const RankItem& item, bool counts, bool rooted) {
   RankTask task{};
   const int64_t bytes = element_bytes(item.type);
   task.type = item.type;
@@ -121,8 +122,8 @@ RankTask make_task(const RankItem& item, bool counts) {
   task.norms = item.norms;
   task.channels = item.slices.channels;
   task.inner = item.slices.inner;
-  task.elements_in_all = item.slices.elements();
   task.counts = counts;
+  task.rooted = rooted;
   // Uneven runs that fit a block are columns too.
   task.runs = item.slices.inner >=
               (is_uneven(item.slices, bytes) ? kThreads * vector_length(bytes) : kShortestRun);
@@ -219,8 +220,8 @@ cudaError_t run_batches(const std::vector<Batch<Task>>& batches, const char*& ta
 }  // namespace
 
 Launches::Launches(const Steps& steps) : selections_(steps.selections), order_(steps.order) {
-  const auto add_rank = [this](const RankItem& item, bool counts) {
-    const RankTask task = make_task(item, counts);
+  const auto add_rank = [&](const RankItem& item, bool counts) {
+    const RankTask task = make_task(item, counts, steps.rooted);
     add(ranks_, is_float8(item.type) ? ElementType::float8_e4m3fn : item.type, task,
         task.chunks * task.strips);
     const auto known = std::find(float8_types_.begin(), float8_types_.end(), item.type);
@@ -228,6 +229,10 @@ Launches::Launches(const Steps& steps) : selections_(steps.selections), order_(s
   };
   for (const RankItem& item : steps.scores) add_rank(item, false);
   for (const RankItem& item : steps.masks) add_rank(item, true);
+  for (const RootItem& item : steps.sums) {
+    // Sums are all of one type.
+    add(roots_, ElementType::float64, RootTask{item, 0}, divide_up(item.channels, kThreads));
+  }
   for (const WriteItem& item : steps.writes) {
     const WriteTask task = make_task(item);
     add(writes_, item.type, task, task.tiles);
@@ -245,8 +250,8 @@ Launches::Launches(const Steps& steps) : selections_(steps.selections), order_(s
       partials += task.chunks * task.channels;
     }
   }
-  tickets_at_ = bytes_of(ranks_) + selections_.size() * sizeof(SelectItem) + bytes_of(writes_) +
-                bytes_of(zeros_) + float8_types_.size() * 256 * sizeof(float);
+  tickets_at_ = bytes_of(ranks_) + bytes_of(roots_) + selections_.size() * sizeof(SelectItem) +
+                bytes_of(writes_) + bytes_of(zeros_) + float8_types_.size() * 256 * sizeof(float);
   table_bytes_ = tickets_at_ + (tickets * sizeof(unsigned) + 7) / 8 * 8;
   bytes_ = table_bytes_ + partials * sizeof(uint64_t);
 }
@@ -272,6 +277,7 @@ void Launches::write_table(void* host, void* device) const {
     }
     at = append(table, at, tasks);
   }
+  for (const auto& batch : roots_) at = append(table, at, batch.tasks);
   at = append(table, at, selections_);
   for (const auto& batch : writes_) at = append(table, at, batch.tasks);
   for (const auto& batch : zeros_) at = append(table, at, batch.tasks);
@@ -289,6 +295,11 @@ cudaError_t Launches::run(void* device, cudaStream_t stream) const {
       run_batches(ranks_, table, stream, [this](ElementType type, auto... arguments) {
         return launch_rank(type, order_, arguments...);
       });
+  if (error == cudaSuccess) {
+    error = run_batches(roots_, table, stream, [this](ElementType, auto... arguments) {
+      return launch_root(order_, arguments...);
+    });
+  }
   if (error == cudaSuccess && !selections_.empty()) {
     error = launch_select(reinterpret_cast<const SelectItem*>(table), selections_.size(), stream);
     table += selections_.size() * sizeof(SelectItem);

@@ -16,11 +16,36 @@ constexpr int kThreads = 256;
 // thread have room to sum.
 constexpr int rank_vector_bytes(int element_bytes) { return element_bytes == 1 ? 8 : 16; }
 
+// How a tensor is cut whose channels are runs. A chunk is a part of each run, in some rows; in a
+// strip, each channel has a team of lanes * groups threads.
+struct RunCut {
+  int64_t rows;
+  int64_t row_elements;
+  int64_t rows_per_chunk;
+  int64_t run_per_chunk;
+  int64_t run_chunks;
+  int lanes;   // threads side by side along a run
+  int groups;  // groups of lanes, each with rows of its own
+  int channels_per_strip;
+};
+
+// How a tensor is cut whose channels are columns. A chunk is some rows, which hold one or more rows
+// of the tensor and follow one another without gaps, the last one possibly shorter.
+struct ColumnCut {
+  int64_t rows;
+  int64_t row_elements;
+  int64_t elements;  // of the tensor
+  int64_t rows_per_chunk;
+  int lanes;               // threads side by side along a strip
+  int groups;              // groups of lanes, each with rows of its own
+  int channels_per_strip;  // of one row of the tensor
+  int columns_per_strip;
+};
+
 // One tensor to rank. It is cut into chunks of rows, and its channels into strips; a block reduces
-// one strip of one chunk. All numbers follow from shape and dtype alone, so that the order of every
-// sum does too.
+// one strip of one chunk. How it is cut follows from shape and dtype alone, so that the order of
+// every sum does too.
 struct RankTask {
-  ElementType type;
   const void* elements;
   const float* float8_values;  // [256], what the bits of eight-bit elements stand for
   double* norms;
@@ -29,23 +54,23 @@ struct RankTask {
   int64_t first_block;
   int64_t channels;
   int64_t inner;
-  // Where channels are runs: the rows of the tensor. Where they are columns, rows of row_elements
-  // elements that follow one another without gaps, the last one possibly shorter.
-  int64_t rows;
-  int64_t row_elements;
-  int64_t elements_in_all;
-  int64_t rows_per_chunk;
-  int64_t run_per_chunk;  // runs: a channel's share of a row
-  int64_t run_chunks;
   int64_t chunks;
   int64_t strips;
-  int lanes;               // runs: threads side by side along a run; columns: along a strip
-  int groups;              // groups of lanes, each with rows of its own
-  int channels_per_strip;  // columns: of one row of the tensor
-  int columns_per_strip;   // columns
-  bool runs;
-  bool aligned;  // rows begin where vectors can
+  union {
+    RunCut run_cut;
+    ColumnCut column_cut;
+  };
+  ElementType type;
+  bool runs;     // which of the two it is
+  bool aligned;  // rows begin where vectors can; changes no order
   bool counts;   // how many elements are not zero, whatever the order
+  bool rooted;   // norms, not the sums before the root
+};
+
+// Sums to take the roots of: a thread for each channel.
+struct RootTask {
+  RootItem item;
+  int64_t first_block;
 };
 
 // One tensor to write or to zero, cut into tiles. A block takes one of them.
@@ -85,6 +110,7 @@ class Launches {
 
  private:
   std::vector<Batch<RankTask>> ranks_;
+  std::vector<Batch<RootTask>> roots_;
   std::vector<SelectItem> selections_;
   std::vector<Batch<WriteTask>> writes_;
   std::vector<Batch<ZeroTask>> zeros_;
@@ -110,6 +136,8 @@ __device__ __forceinline__ Task task_of_block(const Task* tasks, int count, unsi
 // The kernels of each step, on tables in device memory.
 cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks, int count,
                         int64_t blocks, cudaStream_t stream);
+cudaError_t launch_root(NormOrder order, const RootTask* tasks, int count, int64_t blocks,
+                        cudaStream_t stream);
 cudaError_t launch_select(const SelectItem* items, int64_t count, cudaStream_t stream);
 cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
                          cudaStream_t stream);

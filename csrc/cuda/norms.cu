@@ -110,12 +110,20 @@ __device__ __forceinline__ typename Norm::Partial fold_team(const Norm& norm,
   return value;
 }
 
-// A chunk's partial, or, where that is all there is, the norm.
+// What is asked for of a channel: its norm, or the sum before the root.
+template <class Norm>
+__device__ __forceinline__ double result_of(const RankTask& task, const Norm& norm,
+                                            typename Norm::Partial partial) {
+  const double total = norm.total(partial);
+  return task.rooted ? norm.root(total) : total;
+}
+
+// A chunk's partial, or, where that is all there is, the result.
 template <class Norm>
 __device__ __forceinline__ void put(const RankTask& task, const Norm& norm, int64_t chunk,
                                     int64_t channel, typename Norm::Partial partial) {
   if (task.chunks == 1) {
-    store(task.norms + channel, norm.project(partial));
+    store(task.norms + channel, result_of(task, norm, partial));
   } else {
     auto* partials = reinterpret_cast<typename Norm::Partial*>(task.partials);
     store(partials + chunk * task.channels + channel, partial);
@@ -157,37 +165,38 @@ __device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm
                                           int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
+  const RunCut& cut = task.run_cut;
   const int thread = static_cast<int>(threadIdx.x);
-  const int team = task.lanes * task.groups;
-  const int lane = thread % task.lanes;
-  const int64_t channel = strip * task.channels_per_strip + thread / team;
+  const int team = cut.lanes * cut.groups;
+  const int lane = thread % cut.lanes;
+  const int64_t channel = strip * cut.channels_per_strip + thread / team;
 
   typename Norm::Accumulator slots[L];
 #pragma unroll
   for (int s = 0; s < L; ++s) slots[s] = norm.identity();
   int shift = 0;
   if (channel < task.channels) {
-    const int64_t begin = chunk % task.run_chunks * task.run_per_chunk;
-    const int64_t first_row = chunk / task.run_chunks * task.rows_per_chunk;
-    const int64_t end_row = smaller(first_row + task.rows_per_chunk, task.rows);
-    int64_t row = first_row + thread % team / task.lanes;
-    const T* run = static_cast<const T*>(task.elements) + row * task.row_elements +
+    const int64_t begin = chunk % cut.run_chunks * cut.run_per_chunk;
+    const int64_t first_row = chunk / cut.run_chunks * cut.rows_per_chunk;
+    const int64_t end_row = smaller(first_row + cut.rows_per_chunk, cut.rows);
+    int64_t row = first_row + thread % team / cut.lanes;
+    const T* run = static_cast<const T*>(task.elements) + row * cut.row_elements +
                    channel * task.inner + begin;
     // The same in every row: all rows of a chunk begin alike.
     shift = static_cast<int>(reinterpret_cast<uintptr_t>(run) % kVectorBytes<T> / sizeof(T));
     run -= shift;
-    const int end = static_cast<int>(smaller(task.run_per_chunk, task.inner - begin)) + shift;
-    const int first = shift > 0 && lane == 0 ? task.lanes : lane;
-    const int vectors = (end / L - first + task.lanes - 1) / task.lanes;
+    const int end = static_cast<int>(smaller(cut.run_per_chunk, task.inner - begin)) + shift;
+    const int first = shift > 0 && lane == 0 ? cut.lanes : lane;
+    const int vectors = (end / L - first + cut.lanes - 1) / cut.lanes;
 #pragma unroll 1
-    for (; row < end_row; row += task.groups) {
+    for (; row < end_row; row += cut.groups) {
       if (first != lane) add_elements(norm, run, 1, shift, end, task.float8_values, slots);
-      add_vectors(norm, run + first * L, task.lanes * L, vectors, task.float8_values, slots);
-      const int last = first + vectors * task.lanes;
+      add_vectors(norm, run + first * L, cut.lanes * L, vectors, task.float8_values, slots);
+      const int last = first + vectors * cut.lanes;
       if (last == end / L) {
         add_elements(norm, run + last * L, 1, 0, end - last * L, task.float8_values, slots);
       }
-      run += task.groups * task.row_elements;
+      run += cut.groups * cut.row_elements;
     }
   }
 
@@ -196,7 +205,7 @@ __device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm
   for (int s = 0; s < L; ++s) partials[s] = norm.partial(slots[s]);
   if (!task.aligned) {
     Partial* group_slots = shared + (thread - lane) * L;
-    const int mask = task.lanes * L - 1;
+    const int mask = cut.lanes * L - 1;
 #pragma unroll
     for (int s = 0; s < L; ++s) group_slots[(lane * L + s - shift) & mask] = partials[s];
     __syncthreads();
@@ -223,7 +232,7 @@ __device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm
     }
   }
   sum = fold_team(norm, sum, team, shared);
-  if (first_of_team) store(task.norms + channel, norm.project(sum));
+  if (first_of_team) store(task.norms + channel, result_of(task, norm, sum));
 }
 
 // Channels are columns: lanes own vectors of columns, groups of lanes own rows.
@@ -233,38 +242,38 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
                                              int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
+  const ColumnCut& cut = task.column_cut;
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % task.lanes;
-  const int group = thread / task.lanes;
-  const int64_t first_column = strip * task.columns_per_strip;
+  const int lane = thread % cut.lanes;
+  const int group = thread / cut.lanes;
+  const int64_t first_column = strip * cut.columns_per_strip;
   const int columns =
-      static_cast<int>(smaller(task.columns_per_strip, task.row_elements - first_column));
+      static_cast<int>(smaller(cut.columns_per_strip, cut.row_elements - first_column));
   // The columns of the thread: side by side in one vector, or `lanes` apart.
-  const int step = task.aligned ? 1 : task.lanes;
+  const int step = task.aligned ? 1 : cut.lanes;
   const int column = task.aligned ? lane * L : lane;
 
   typename Norm::Accumulator slots[L];
 #pragma unroll
   for (int s = 0; s < L; ++s) slots[s] = norm.identity();
-  if (group < task.groups && column < columns) {
+  if (group < cut.groups && column < columns) {
     // Where merged rows do not divide the tensor, the last row is short.
-    const int64_t full_rows = task.elements_in_all / task.row_elements;
-    const int64_t end_row = smaller((chunk + 1) * task.rows_per_chunk, full_rows);
-    int64_t row = chunk * task.rows_per_chunk + group;
+    const int64_t full_rows = cut.elements / cut.row_elements;
+    const int64_t end_row = smaller((chunk + 1) * cut.rows_per_chunk, full_rows);
+    int64_t row = chunk * cut.rows_per_chunk + group;
     const T* elements =
-        static_cast<const T*>(task.elements) + row * task.row_elements + first_column + column;
-    const int64_t stride = task.groups * task.row_elements;
+        static_cast<const T*>(task.elements) + row * cut.row_elements + first_column + column;
+    const int64_t stride = cut.groups * cut.row_elements;
     if (task.aligned && row < end_row) {
-      const int rows = static_cast<int>((end_row - row + task.groups - 1) / task.groups);
+      const int rows = static_cast<int>((end_row - row + cut.groups - 1) / cut.groups);
       add_vectors(norm, elements, stride, rows, task.float8_values, slots);
-      row += rows * task.groups;
+      row += rows * cut.groups;
       elements += rows * stride;
     }
-    const int64_t rows_with_short_one = smaller((chunk + 1) * task.rows_per_chunk, task.rows);
+    const int64_t rows_with_short_one = smaller((chunk + 1) * cut.rows_per_chunk, cut.rows);
 #pragma unroll 1
-    for (; row < rows_with_short_one; row += task.groups) {
-      const int64_t end =
-          smaller(columns, task.elements_in_all - row * task.row_elements - first_column);
+    for (; row < rows_with_short_one; row += cut.groups) {
+      const int64_t end = smaller(columns, cut.elements - row * cut.row_elements - first_column);
       add_elements(norm, elements, step, 0, (end - column + step - 1) / step, task.float8_values,
                    slots);
       elements += stride;
@@ -274,7 +283,7 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
       // Neighbouring threads write neighbouring places: no two of a warp meet in one bank.
       const int c = column + s * step;
       if (c < columns)
-        shared[c % L * kThreads + group * task.lanes + c / L] = norm.partial(slots[s]);
+        shared[c % L * kThreads + group * cut.lanes + c / L] = norm.partial(slots[s]);
     }
   }
   __syncthreads();
@@ -283,15 +292,15 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
     Partial* sums = shared + c % L * kThreads + c / L;
     Partial sum = sums[0];
 #pragma unroll 1
-    for (int g = 1; g < task.groups; ++g) sum = norm.combine(sum, sums[g * task.lanes]);
+    for (int g = 1; g < cut.groups; ++g) sum = norm.combine(sum, sums[g * cut.lanes]);
     sums[0] = sum;
   }
   __syncthreads();
 
   // A channel's columns are `inner` side by side, in each of the rows that a merged row holds.
-  const int64_t first_channel = strip * task.channels_per_strip;
+  const int64_t first_channel = strip * cut.channels_per_strip;
   const int channels =
-      static_cast<int>(smaller(task.channels_per_strip, task.channels - first_channel));
+      static_cast<int>(smaller(cut.channels_per_strip, task.channels - first_channel));
   const int inner = static_cast<int>(task.inner);
   const int row_columns = static_cast<int>(smaller(task.channels * task.inner, columns));
 #pragma unroll 1
@@ -309,7 +318,7 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
 
   if (!is_last_of_strip(task, strip, shared_last)) return;
   // From the width of a full strip, so that the last strip folds in the same order.
-  const int width = task.channels_per_strip < kThreads ? task.channels_per_strip : kThreads;
+  const int width = cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;
   const int helpers = kThreads / width;
 #pragma unroll 1
   for (int first = 0; first < channels; first += width) {
@@ -328,7 +337,7 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
     if (helper == 0 && c < channels) {
 #pragma unroll 1
       for (int h = 1; h < helpers; ++h) sum = norm.combine(sum, shared[h * width + thread]);
-      store(task.norms + first_channel + c, norm.project(sum));
+      store(task.norms + first_channel + c, result_of(task, norm, sum));
     }
   }
 }
@@ -371,6 +380,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
   rank_block<NonzeroCount<Real>, T>(*task, 0, shared, shared_last);
 }
 
+template <template <class> class Norm>
+__global__ void __launch_bounds__(kThreads)
+    root_kernel(const RootTask* tasks, int count, double p) {
+  LNPRUNE_SHARED(RootTask, task, 1);
+  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
+  __syncthreads();
+  const int64_t channel = (blockIdx.x - task->first_block) * kThreads + threadIdx.x;
+  if (channel >= task->item.channels) return;
+  const Norm<double> norm(p);
+  store(task->item.norms + channel, norm.root(load(task->item.sums + channel)));
+}
+
 using Kernel = void (*)(const RankTask*, int, double);
 
 template <class T>
@@ -392,11 +413,23 @@ Kernel kernel_of(ElementType type, NormKind kind) {
   }
 }
 
+using RootKernel = void (*)(const RootTask*, int, double);
+constexpr RootKernel kRootKernels[kNormKinds] = {
+    root_kernel<NonzeroCount>, root_kernel<Sum>,     root_kernel<SumOfSquares>,
+    root_kernel<Maximum>,      root_kernel<Minimum>, root_kernel<HalfIntegerPowerSum>,
+    root_kernel<PowerSum>};
+
 }  // namespace
 
 cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks, int count,
                         int64_t blocks, cudaStream_t stream) {
   return launch(kernel_of(type, order.kind), blocks, kThreads, stream, tasks, count, order.p);
+}
+
+cudaError_t launch_root(NormOrder order, const RootTask* tasks, int count, int64_t blocks,
+                        cudaStream_t stream) {
+  return launch(kRootKernels[static_cast<int>(order.kind)], blocks, kThreads, stream, tasks, count,
+                order.p);
 }
 
 }  // namespace lnprune::cuda

@@ -8,7 +8,9 @@
 namespace lnprune {
 namespace {
 
+// An error is reported here, and not once more by whoever next asks CUDA for its last one.
 void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "lnprune: CUDA error in ", what, ": ",
                   cudaGetErrorString(error));
 }
@@ -65,6 +67,7 @@ struct CudaBackend {
   }
 
   static void prepare_output(void*, size_t) {}
+  static size_t first_unwritable(void* const*, size_t count) { return count; }
 };
 
 }  // namespace

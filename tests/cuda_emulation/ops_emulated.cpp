@@ -45,6 +45,7 @@ struct EmulatedBackend {
   };
 
   static void prepare_output(void*, size_t) {}
+  static size_t first_unwritable(void* const*, size_t count) { return count; }
 };
 
 pybind11::dict read_meter() {

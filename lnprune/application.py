@@ -1,0 +1,276 @@
+"""Where choices of channels meet modules: masks and hooks, or zeros in place, all or nothing, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import CustomFromMask
+
+from lnprune import masks
+from lnprune.masks import Request
+from lnprune.norms import nonzero_counts
+from lnprune.parameters import NAMED_ERRORS, Weight, add_name, current_tensor, output_dim
+from lnprune.registration import ParameterState, Pruning, unregister
+from lnprune.transaction import Transaction, Values, bits, from_bits, is_zero
+
+__all__ = ["Application", "Target", "install", "prune_in_place", "unmask"]
+
+
+class Target(NamedTuple):
+    """One place of a weight, and which channels to prune: an amount of those left, by rank, or by flags."""
+
+    name: str  # for messages
+    module: nn.Module
+    attribute: str
+    dim: int  # as it was given: the hook holds it
+    amount: Any = None
+    keep: Tensor | None = None  # bool; places that share a weight and these share a mask
+    scores: Tensor | None = None  # None: the weight is ranked
+
+
+def install(transaction: Transaction, targets: Sequence[Target], n: Any) -> list[Pruning]:
+    """Masks and hooks: of every target what ``BasePruningMethod.apply`` leaves."""
+    prunings: list[Pruning] = []
+    for target in targets:
+        transaction.touch(target[1])
+        try:
+            pruning = Pruning(*target, n)
+        except NAMED_ERRORS as error:
+            add_name(error, target.name)
+            raise
+        prunings.append(pruning)
+    masks.write_masks(_first_places(prunings) if len(prunings) > 1 else prunings, n)
+    for pruning in prunings:
+        if pruning.owner is not None:
+            pruning.mask = pruning.owner.mask
+            pruning.weight = masks.masked(pruning.mask, pruning.original)
+        if type(pruning.new) is CustomFromMask:
+            pruning.new.mask = pruning.mask
+        pruning.finish()
+    return prunings
+
+
+def _first_places(prunings: list[Pruning]) -> list[Pruning]:
+    """Those whose masks the others share."""
+    first: dict[tuple[int, int, int], Pruning] = {}
+    for pruning in prunings:
+        key = id(pruning.original), id(pruning.old_mask), id(pruning.keep)
+        owner = first.setdefault(key, pruning)
+        if owner is not pruning:
+            pruning.owner = owner
+    return list(first.values())
+
+
+def unmask(
+    transaction: Transaction, places: Sequence[tuple[str, nn.Module, str]], keep_values: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Registers masked parameters, by name, module and attribute, as themselves, their values as they are.
+
+    Returns:
+        each parameter and its mask, to be multiplied; once where places share both.
+    """
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for name, module, attribute in places:
+        held = module._parameters.get(attribute + "_orig")
+        if held is not None:
+            masks.check_own_values(held, name)
+        transaction.touch(module)
+        original, mask = unregister(module, attribute)
+        if (id(original), id(mask)) in pairs:
+            continue
+        pairs[id(original), id(mask)] = original, mask
+        if keep_values:
+            transaction.values.append(Values(original, 0, copied=masks.multiplies_in_place(original)))
+    return list(pairs.values())
+
+
+def prune_in_place(
+    transaction: Transaction, targets: Sequence[Target], n: Any, keep_values: bool = False
+) -> None:
+    """Zeros in place; what is masked, or cannot be written in place, gets the values of ``remove``."""
+    with_masks = []
+    requests: dict[int, Request] = {}
+    for target in targets:
+        name, module, attribute, dim, amount, keep, scores = target
+        parameter = module._parameters.get(attribute)
+        if parameter is None or not masks.is_writable(parameter):
+            if parameter is not None:
+                masks.check_own_values(parameter, name)
+            with_masks.append(target)
+            continue
+        if not masks.has_writable_memory(parameter):
+            raise RuntimeError(
+                f"{name}: expected memory that can be written, to prune in place, got a read-only mapping"
+            )
+        request = Request(parameter if scores is None else scores, parameter, dim, amount, keep, name)
+        other = requests.setdefault(id(parameter), request)
+        if other is not request and keep is not None and other.keep is not None:
+            # A bias that modules share is pruned by each of them.
+            other.keep = other.keep & keep
+    install(transaction, with_masks, n)
+    places = [target[:3] for target in with_masks]
+    pairs = unmask(transaction, places, keep_values)
+    made = masks.products(pairs)
+    masks.write_zeros(list(requests.values()), n, transaction, keep_values)
+    masks.multiply_(pairs, made)
+
+
+class Application:
+    """What applying flags did to modules, and the way back."""
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        flags: Sequence[Tensor],
+        n: Any,
+        permanent: bool,
+        bias: bool,
+        keep_backup: bool,
+    ):
+        targets = _targets(weights, flags, bias)
+        self._names = [target.name for target in targets]
+        self._has_values = keep_backup or not permanent
+        self._before = [ParameterState(target.module, target.attribute) for target in targets]
+        self._backups: list[_Backup] = []
+        with Transaction() as transaction:
+            if permanent:
+                prune_in_place(transaction, targets, n, keep_backup)
+                if keep_backup:
+                    self._backups = [_Backup(values) for values in transaction.values]
+            else:
+                install(transaction, targets, n)
+            self._after = [ParameterState(state.module, state.name) for state in self._before]
+
+    def undo(self) -> None:
+        """As :meth:`Plan.undo`."""
+        if not self._has_values:
+            raise RuntimeError(
+                "the plan was applied with permanent=True and without keep_backup=True: the values are gone"
+            )
+        for name, state in zip(self._names, self._after, strict=True):
+            if not state.is_current():
+                raise RuntimeError(
+                    f"{name}: its parameter, mask or hook is no longer the one that apply() left; undo "
+                    "what came after it first"
+                )
+        names = {id(state.parameter): name for name, state in zip(self._names, self._after, strict=True)}
+        for backup in self._backups:
+            backup.check(names[id(backup.values.tensor)])
+        with Transaction() as transaction:
+            for state in self._before:
+                transaction.touch(state.module)
+            for values in (backup.values for backup in self._backups):
+                transaction.values.append(Values(values.tensor, values.dim, values.channels))
+            for backup in self._backups:
+                backup.put_back()
+            for state in reversed(self._before):
+                state.restore()
+
+
+class _Backup:
+    """The values that permanent pruning took from a tensor, to be put back while they are gone."""
+
+    def __init__(self, values: Values):
+        self.values = values
+        self.dtype = values.tensor.dtype
+        # What the pruning left in their place; None: zeros.
+        self.left = values.part().clone() if values.channels is None else None
+        self.counts = self._counts()
+
+    def _counts(self) -> Tensor:
+        return nonzero_counts([self.values.tensor.detach()], [self.values.dim])[0]
+
+    def _taken(self) -> Tensor:
+        return self.values.saved != (0 if self.left is None else self.left)
+
+    def _as_now(self, part: Tensor) -> Tensor:
+        """Bits of then, converted as the tensor was since."""
+        tensor = self.values.tensor
+        if tensor.dtype == self.dtype:
+            return part.to(tensor.device)
+        return bits(from_bits(part, self.dtype).to(tensor.device, tensor.dtype))
+
+    def check(self, name: str) -> None:
+        """Raises where the tensor was pruned, or what was pruned has other values, since."""
+        tensor = self.values.tensor
+        if tensor.is_meta:
+            return
+        now = self.values.part()
+        left = torch.zeros_like(now) if self.left is None else self._as_now(self.left)
+        # A zero is a zero, whatever its sign.
+        written = (now != left) & ~(is_zero(now) & is_zero(left)) & self._taken().to(tensor.device)
+        if written.any():
+            raise RuntimeError(
+                f"{name}: {int(written.sum())} of the values that apply() pruned were replaced since, as "
+                "by training or load_state_dict: undo() would lose them"
+            )
+        # A conversion to a narrower type makes zeros of its own.
+        widened = torch.promote_types(self.dtype, tensor.dtype) == tensor.dtype
+        lost = int((self.counts.to(tensor.device) - self._counts()).clamp(min=0).sum()) if widened else 0
+        if lost:
+            raise RuntimeError(
+                f"{name}: {lost} more of its values were pruned since: undo what came after it first"
+            )
+
+    def put_back(self) -> None:
+        values, left = self.values, self.left
+        now = values.part()
+        untouched = left is not None and values.tensor.dtype == self.dtype and torch.equal(now, left)
+        if untouched and not values.copied:
+            values.tensor.data = values.data  # its own memory, which torch did not write to
+        else:
+            values.write(torch.where(self._taken().to(now.device), self._as_now(values.saved), now))
+
+
+def _targets(weights: Sequence[Weight], flags: Sequence[Tensor], bias: bool) -> list[Target]:
+    """All that flags are to prune, after the checks of names, shapes and biases."""
+    targets: list[Target] = []
+    dims: dict[int, tuple[str, int]] = {}
+    for weight, keep in zip(weights, flags, strict=True):
+        if not weight.places:
+            raise RuntimeError(
+                f"{weight.name}: the plan was made without a model: save it, and load_plan() it for one"
+            )
+        for name, (module, attribute) in zip(weight.names, weight.places, strict=True):
+            tensor = current_tensor(module, attribute, name)
+            if tuple(tensor.shape) != weight.shape:
+                raise RuntimeError(
+                    f"{name}: expected shape {weight.shape}, as it was ranked, got {tuple(tensor.shape)}"
+                )
+            if attribute in module._parameters:
+                other, dim = dims.setdefault(id(tensor), (name, weight.dim))
+                if dim != weight.dim:
+                    raise RuntimeError(
+                        f"{name}: shares its weight with {other} now, so expected one dim for both, got "
+                        f"{weight.dim} and {dim}: rank the model again"
+                    )
+            targets.append(Target(name, module, attribute, weight.dim, keep=keep))
+    if bias:
+        found: dict[tuple[int, int], Tensor] = {}  # places of a weight that share a bias share its mask too
+        for target in list(targets):
+            flags_of_bias = _bias_flags(target)
+            if flags_of_bias is not None:
+                keep = found.setdefault((id(target.keep), flags_of_bias.numel()), flags_of_bias)
+                targets.append(Target(f"{target.name} (bias)", target.module, "bias", 0, keep=keep))
+    return targets
+
+
+def _bias_flags(target: Target) -> Tensor | None:
+    """The keep flags of a module's bias, or None where it has none."""
+    name, module, keep = target.name, target.module, target.keep
+    assert keep is not None
+    if "bias_orig" not in module._parameters and module._parameters.get("bias") is None:
+        return None
+    bias = current_tensor(module, "bias", name)
+    output = output_dim(module)
+    # A transposed convolution has a bias for each channel of each group.
+    groups = module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+    if (output is not None and target.dim != output) or bias.shape != (keep.numel() * groups,):
+        raise ValueError(
+            f"{name}: bias=True needs channels that are outputs, got {keep.numel()} channels along dim "
+            f"{target.dim} of {type(module).__name__} with a bias of shape {tuple(bias.shape)}"
+        )
+    return keep.repeat(groups) if groups > 1 else keep

@@ -1,0 +1,429 @@
+"""Write: keep flags, or amounts, of a list of weights -> masks and masked weights, or zeros in place.
+
+The one place that groups weights by device and asks: native, or plain torch?
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as stock
+from torch.nn.utils.prune import LnStructured as StockLnStructured
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lnprune import ops, reference
+from lnprune.norms import channel_norms, check_order, native_order
+from lnprune.parameters import NAMED_ERRORS, add_name
+from lnprune.transaction import Transaction, Values
+
+__all__ = [
+    "Amount",
+    "Request",
+    "check_own_values",
+    "compute_mask",
+    "has_writable_memory",
+    "is_wrapper",
+    "is_writable",
+    "keep_flags",
+    "masked",
+    "multiplies_in_place",
+    "multiply_",
+    "products",
+    "pruned_count",
+    "write_masks",
+    "write_zeros",
+]
+
+Amount = Union[int, float]
+
+# From this mean size on, on the CPU, masked weights are worth writing together with their masks: handing
+# one to autograd then costs less than another pass over it. On CUDA it saves launches.
+_FUSED_MEAN_BYTES = 1 << 18
+
+
+class Request:
+    """One weight to prune along ``dim``: by an amount of the channels left, or by keep flags."""
+
+    old_mask: Tensor | None = None  # None: ones
+    container: Any = None  # that combines masks its own way
+
+    layout: Tensor  # that the mask will have
+    count = 0  # of channels to prune, or, where negative,
+    fraction = 0.0  # the share of those that are left
+
+    mask: Tensor  # by write_masks()
+    weight: Tensor
+
+    def __init__(
+        self, scores: Tensor, original: Tensor, dim: int, amount: Any, keep: Tensor | None, name: str
+    ):
+        self.scores = scores  # what is ranked; a first mask has its dtype and layout
+        self.original = original  # what the mask is multiplied with, or what is zeroed in place
+        self.dim = dim
+        self.amount = amount
+        self.keep = keep  # bool, on any device
+        self.name = name  # for messages
+
+
+def pruned_count(tensor: Tensor, amount: Amount, dim: int) -> int:
+    """How many channels to prune, after the reference's checks in the reference's order."""
+    if tensor.dim() < 2:
+        stock._validate_structured_pruning(tensor)
+    stock._validate_pruning_dim(tensor, dim)
+    channels = tensor.shape[dim]
+    if type(amount) is float:
+        return round(amount * channels)
+    count = stock._compute_nparams_toprune(amount, channels)
+    stock._validate_pruning_amount(count, channels)
+    return int(count)
+
+
+def keep_flags(scores: Tensor, n: Any, dim: int, count: int) -> Tensor:
+    """Rank and select: bool keep flags of shape ``(channels,)`` when ``count`` are pruned."""
+    if reference.ranks_like_torch():
+        return reference.torch_keep_channels(scores, n, dim, count)
+    norms = channel_norms([scores], n, [operator.index(dim)])[0]
+    if ops.is_native(norms):
+        return ops.select_channels([norms], [], [count], [0.0])[0]
+    return reference.keep_channels(norms, count)
+
+
+def compute_mask(method: StockLnStructured, t: Tensor, default_mask: Tensor) -> Tensor:
+    """``LnStructured.compute_mask``: the mask of the scores ``t``, on top of ``default_mask``."""
+    count = pruned_count(t, method.amount, method.dim)
+    if count == 0:
+        check_order(t, method.n, method.dim)
+        return default_mask
+    keep = keep_flags(t, method.n, method.dim, count)
+    if ops.are_native(t, default_mask) and _has_standard_strides(t) and default_mask.shape == t.shape:
+        mask = _contiguous(default_mask, t.dtype)
+        return ops.write_masks([keep], [t], [mask], [], [operator.index(method.dim)])[0][0]
+    return reference.write_mask(keep, t, default_mask, method.dim)
+
+
+class _LnStructured(StockLnStructured):
+    """What a stock container combines masks with."""
+
+    _tensor_name = ""  # the container asks only that its methods agree
+    compute_mask = compute_mask
+
+
+# Layouts.
+
+
+def _has_standard_strides(tensor: Tensor) -> bool:
+    """Whether the strides are those of a fresh contiguous tensor, in dims of size 1 too."""
+    if 1 not in tensor.shape:
+        return tensor.is_contiguous()
+    return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+
+
+def _contiguous(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask in a dtype, with the strides that a clone in contiguous format has."""
+    mask = mask.detach().to(dtype)
+    return mask if _has_standard_strides(mask) else mask.clone(memory_format=torch.contiguous_format)
+
+
+def _keeps_strides(tensor: Tensor) -> bool:
+    """Whether ``empty_like`` keeps the strides: those of dense tensors, and of no others."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _can_fuse(layout: Tensor, original: Tensor) -> bool:
+    """Whether the native code can write the weight together with a mask of this layout."""
+    if layout is not original and not (
+        ops.are_native(layout, original)
+        and layout.dtype == original.dtype
+        and layout.shape == original.shape
+        and layout.stride() == original.stride()
+    ):
+        return False
+    # Torch's product recomputes the strides of dims of size 1.
+    return _has_standard_strides(original) or (1 not in original.shape and _keeps_strides(original))
+
+
+# Masks and masked weights.
+
+
+def write_masks(requests: Sequence[Request], n: Any) -> None:
+    """Gives every request its mask, and its masked weight, differentiable in the original.
+
+    One native call for each device, or more where flags and amounts, first and repeated pruning, or large
+    and unusual layouts are mixed. What a request raises has its name.
+    """
+    p = None if reference.ranks_like_torch() else native_order(n)
+    groups: dict[tuple[int, bool, bool], list[Request]] = {}
+    for request in requests:
+        try:
+            if _prepare(request, n, p):
+                key = request.original.get_device(), request.old_mask is None, request.keep is None
+                groups.setdefault(key, []).append(request)
+            else:
+                request.mask = _plain_mask(request, n)
+                request.weight = masked(request.mask, request.original)
+        except NAMED_ERRORS as error:
+            add_name(error, request.name)
+            raise
+    for (_, first, ranked), group in groups.items():
+        for fused, rows in _by_fusing(group):
+            columns = [
+                (row.scores, row.layout, row.original, row.dim, row.count, row.fraction) for row in rows
+            ]
+            scores, layouts, originals, dims, counts, fractions = zip(*columns)  # noqa: B905
+            masks, written = () if first else layouts, originals if fused else ()
+            if ranked:
+                made = ops.prune_channels(scores, masks, written, dims, p, counts, fractions)  # type: ignore[arg-type]
+            else:
+                made = ops.write_masks(_flags(rows), scores, masks, written, dims)
+            new_masks, weights = made
+            if fused:
+                weights = _with_gradients(new_masks, originals, weights)
+            for i, row in enumerate(rows):
+                row.mask = new_masks[i]
+                row.weight = weights[i] if fused else masked(row.mask, row.original)
+
+
+def _by_fusing(rows: list[Request]) -> list[tuple[bool, list[Request]]]:
+    """The requests that are written together with their weights, and those that are written without."""
+    if rows[0].original.is_cpu:
+        size = 0
+        for row in rows:
+            size += row.original.numel() * row.original.element_size()
+        if size < _FUSED_MEAN_BYTES * len(rows):
+            return [(False, rows)]
+    parts: tuple[list[Request], list[Request]] = ([], [])
+    for row in rows:
+        parts[_can_fuse(row.layout, row.original)].append(row)
+    return [(fused, parts[fused]) for fused in (True, False) if parts[fused]]
+
+
+def _flags(rows: Sequence[Request]) -> list[Tensor]:
+    """The flags of requests of one device, brought there in one transfer."""
+    flags: list[Any] = [row.keep for row in rows]
+    device = rows[0].original.device
+    if all(keep.device == device for keep in flags):
+        return flags
+    return list(
+        torch.cat([keep.cpu() for keep in flags]).to(device).split([keep.numel() for keep in flags])
+    )
+
+
+def _prepare(request: Request, n: Any, p: float | None) -> bool:
+    """Whether the native code takes the request; then, after all checks, with what it needs.
+
+    That is the layout of the new mask, and where there are no flags the channels to prune: a count, or,
+    where that is negative, a fraction of those that are left.
+    """
+    scores, dim, old_mask = request.scores, request.dim, request.old_mask
+    if request.container is not None:
+        return False
+    if old_mask is None:
+        if not ops.are_native(scores, request.original):
+            return False
+        if request.keep is None:
+            count = pruned_count(scores, request.amount, dim)
+            if count == 0:
+                return False
+            request.count, request.fraction = count, 0.0
+            if p is None:
+                request.keep = keep_flags(scores, n, dim, count)
+        request.layout, request.dim = scores, operator.index(dim)
+        return True
+    if not ops.are_native(scores, old_mask) or old_mask.shape != scores.shape:
+        return False
+    if request.keep is not None:
+        request.layout = _contiguous(old_mask, scores.dtype)
+        return True
+    dims = scores.dim()
+    if p is None or dims < 2 or type(dim) is not int or not -dims <= dim < dims:
+        return False
+    request.layout = _contiguous(old_mask, scores.dtype)
+    amount = request.amount
+    if type(amount) is float and amount == amount:
+        request.count, request.fraction = -1, amount
+    else:
+        # Compared with the channels left, which on a GPU is waited for.
+        alive = int(torch.count_nonzero(ops.channel_norms([request.layout], [dim], 0.0)[0]))
+        count = stock._compute_nparams_toprune(amount, alive)
+        stock._validate_pruning_amount(count, alive)
+        request.count, request.fraction = int(count), 0.0
+    return True
+
+
+def _plain_mask(request: Request, n: Any) -> Tensor:
+    """The mask by the steps of the reference, in plain torch where the native code takes no part of it."""
+    scores, original, dim, amount = request.scores, request.original, request.dim, request.amount
+    old_mask, container = request.old_mask, request.container
+    if request.keep is not None:
+        return reference.write_mask(request.keep, scores.detach(), old_mask, dim)
+    if old_mask is None:
+        # Before the checks, as in torch: what cannot have a mask of ones fails here.
+        ones = torch.ones_like(original, requires_grad=False)
+        return compute_mask(StockLnStructured(amount, n, dim), scores, ones)
+    if container is None:
+        container = stock.PruningContainer(_LnStructured(amount, n, dim))
+    default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)
+    return container.compute_mask(scores, default_mask=default_mask)
+
+
+class _Product(TorchDispatchMode):
+    """Answers the one multiplication inside with a product that is at hand.
+
+    Autograd, above the dispatch mode, records torch's own MulBackward0 all the same. A function of
+    autograd's public interface takes as long, and would stay in the model as a class of lnprune.
+    """
+
+    product: Tensor
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch's wrapper around __torch_dispatch__ would import the whole compiler on the first call.
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten.mul.Tensor:
+            return self.product
+        return func(*args, **(kwargs or {}))
+
+
+def _with_gradients(
+    masks: list[Tensor], originals: Sequence[Tensor], products: list[Tensor]
+) -> list[Tensor]:
+    """``mask * original`` of each, differentiable in the originals, by products that are at hand."""
+    if not torch.is_grad_enabled():
+        return products
+    mode = _Product()
+    weights = []
+    with mode:
+        for mask, original, product in zip(masks, originals, products, strict=True):
+            mode.product = product
+            weights.append(mask * original if original.requires_grad else product)
+    return weights
+
+
+def masked(mask: Tensor, original: Tensor) -> Tensor:
+    """``mask * original`` in the original's dtype, as torch's hook computes it."""
+    return (mask if mask.dtype == original.dtype else mask.to(original.dtype)) * original
+
+
+# In place.
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether the tensor can be written in place, one element without another."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_inference()
+        and (tensor.is_contiguous() or not _may_overlap(tensor))
+    )
+
+
+def has_writable_memory(tensor: Tensor) -> bool:
+    """Whether a write would reach the tensor's memory: a read-only mapping of a file ends the process."""
+    return not tensor.is_cpu or tensor.numel() == 0 or ops.is_writable(tensor.data_ptr())
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether elements share memory, as far as strides tell: each must step over all smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def write_zeros(
+    requests: Sequence[Request], n: Any, transaction: Transaction, keep_values: bool = False
+) -> None:
+    """Writes +0.0 in place, to the pruned channels of writable originals, after all checks.
+
+    What plain torch writes is noted first, since it may raise between two tensors; with ``keep_values`` so
+    is what the flags of the others prune.
+    """
+    p = None if reference.ranks_like_torch() else native_order(n)
+    groups: dict[tuple[int, bool], list[Request]] = {}
+    plain: list[Values] = []
+    for request in requests:
+        tensor, scores = request.original, request.scores
+        native = ops.is_native(tensor) and _keeps_strides(tensor)
+        if request.keep is None:
+            try:
+                stock._validate_pruning_amount_init(request.amount)
+                request.count = pruned_count(scores, request.amount, request.dim)
+                if not native or p is None or not ops.are_native(scores, tensor):
+                    request.keep = keep_flags(scores, n, request.dim, request.count)
+            except NAMED_ERRORS as error:
+                add_name(error, request.name)
+                raise
+        if native:
+            groups.setdefault((tensor.get_device(), request.keep is None), []).append(request)
+        if request.keep is not None and (keep_values or not native):
+            pruned = (~request.keep).nonzero().flatten().to(tensor.device)
+            transaction.values.append(Values(tensor, request.dim, pruned))
+            if not native:
+                plain.append(transaction.values[-1])
+    for values in plain:
+        values.write(torch.zeros_like(values.saved))
+    for (_, ranked), rows in groups.items():
+        tensors, dims = [row.original for row in rows], [row.dim for row in rows]
+        if ranked:
+            counts = [row.count for row in rows]
+            ops.prune_channels_([row.scores for row in rows], tensors, dims, p, counts, [0.0] * len(rows))  # type: ignore[arg-type]
+        else:
+            ops.zero_channels_(tensors, _flags(rows), dims)
+
+
+def multiplies_in_place(original: Tensor) -> bool:
+    """Whether torch multiplies the tensor in place; others are given new values."""
+    return (
+        is_writable(original)
+        and original.is_floating_point()
+        and original.element_size() > 1
+        and has_writable_memory(original)
+    )
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the values lie in other tensors, as a DTensor's do."""
+    return hasattr(type(tensor), "__tensor_flatten__")
+
+
+def check_own_values(tensor: Tensor, name: str) -> None:
+    """Refuses wrappers: new data would not reach their values."""
+    if is_wrapper(tensor):
+        raise RuntimeError(
+            f"{name}: expected a tensor that holds its own values to change them for good, got a "
+            f"{type(tensor).__name__}, whose values lie in other tensors: prune with masks, or before it "
+            "is distributed or wrapped"
+        )
+
+
+def products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Originals that are not multiplied in place, each with its masked values, by identity."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for original, mask in pairs:
+        if not multiplies_in_place(original):
+            _, values = found.get(id(original), (original, original.detach()))
+            found[id(original)] = original, mask.to(original.dtype) * values
+    return found
+
+
+def multiply_(pairs: Sequence[tuple[Tensor, Tensor]], made: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Multiplies originals by their masks for good; ``made`` is what :func:`products` made of the pairs."""
+    left = [(original, mask.to(original.dtype)) for original, mask in pairs if id(original) not in made]
+    with torch.no_grad():
+        while left:
+            # A weight that modules share is multiplied by one of its masks at a time.
+            now = {id(original): (original, mask) for original, mask in reversed(left)}
+            left = [pair for pair in left if now[id(pair[0])][1] is not pair[1]]
+            torch._foreach_mul_(*map(list, zip(*now.values(), strict=True)))
+        for original, product in made.values():
+            original.data = product

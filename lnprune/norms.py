@@ -1,0 +1,86 @@
+"""Rank: a list of weights -> the norms of their channels.
+
+The one place that asks: native, or plain torch?
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import prune as stock
+
+from lnprune import ops, reference
+from lnprune.parameters import NAMED_ERRORS, add_name
+
+__all__ = ["channel_norms", "check_order", "native_order", "nonzero_counts"]
+
+
+_NUMBERS = frozenset({float, int, bool})
+
+
+def native_order(n: Any) -> float | None:
+    """The order of the norm as a float, or None where plain torch is to judge it."""
+    if type(n) in _NUMBERS:
+        try:
+            p = float(n)
+        except OverflowError:
+            return None
+        # NaN, and orders so small that their inverse is not finite, are left to torch.
+        return p if p == 0 or abs(p) > sys.float_info.min else None
+    if n is None or (isinstance(n, str) and n == "fro"):
+        return 2.0
+    if isinstance(n, str | complex):
+        return None
+    try:  # numpy scalars and 0-d tensors, where torch takes them
+        torch.norm(torch.ones(1, device="cpu"), p=n, dim=[0])
+        return native_order(float(n))
+    except (TypeError, RuntimeError, ValueError):
+        return None
+
+
+def channel_norms(
+    tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str] = ()
+) -> list[Tensor]:
+    """The norms of every channel, by one native call for each device; others through plain torch.
+
+    What plain torch raises has the name of its tensor, where there are names.
+    """
+    p = native_order(n)
+    norms: list[Any] = [None] * len(tensors)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if p is not None and ops.is_native(tensor):
+            by_device.setdefault(tensor.device, []).append(i)
+        else:
+            try:
+                norms[i] = reference.channel_norms(tensor, n, dims[i])
+            except NAMED_ERRORS as error:
+                add_name(error, names[i] if names else "")
+                raise
+    for indices in by_device.values():
+        found = ops.channel_norms([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
+        for i, norm in zip(indices, found, strict=True):
+            norms[i] = norm
+    return norms
+
+
+def nonzero_counts(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """How many elements of each channel are not zero, of tensors of any dtype and any number of dims."""
+    counted = []
+    for tensor in tensors:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            tensor = (tensor != 0).float()
+        counted.append(tensor if tensor.dim() > 1 else tensor.unsqueeze(-1))
+    return channel_norms(counted, 0, dims)
+
+
+def check_order(scores: Tensor, n: Any, dim: int) -> None:
+    """Raises what the norm would raise, for calls that prune nothing and so need no norm."""
+    if reference.ranks_like_torch():
+        stock._compute_norm(scores.detach(), n, dim)
+    elif native_order(n) is None or not ops.is_native(scores):
+        reference.channel_norms(scores, n, dim)

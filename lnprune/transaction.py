@@ -1,0 +1,138 @@
+"""All or nothing: what modules and tensors were before a call, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn.utils import prune as stock
+
+from lnprune.parameters import check_is_eager
+
+__all__ = ["Snapshot", "Transaction", "Values", "bits", "from_bits", "is_zero"]
+
+
+class Snapshot:
+    """What a pruning call may change in a module, to put it back when the call fails."""
+
+    def __init__(self, module: nn.Module):
+        check_is_eager(module)
+        self.module = module
+        self.attributes = attributes = module.__dict__.copy()
+        self.parameters = attributes["_parameters"].copy()
+        self.buffers = attributes["_buffers"].copy()
+        self.transient = attributes["_non_persistent_buffers_set"].copy()
+        self.hooks = attributes["_forward_pre_hooks"].copy()
+        # Lists of parameters that a module of its own __setattr__ keeps beside them, as an RNN does.
+        self.lists: list[tuple[list, list]] = []
+        if type(module).__setattr__ is not nn.Module.__setattr__:
+            self.lists = [(v, v.copy()) for v in attributes.values() if type(v) is list]
+        self.methods: list[tuple[stock.PruningContainer, Any]] = [
+            (hook, hook._pruning_methods)
+            for hook in self.hooks.values()
+            if isinstance(hook, stock.PruningContainer)
+        ]
+
+    def restore(self) -> None:
+        attributes = self.attributes
+        self.module.__dict__.clear()
+        self.module.__dict__.update(attributes)
+        for name, content in (
+            ("_parameters", self.parameters),
+            ("_buffers", self.buffers),
+            ("_non_persistent_buffers_set", self.transient),
+            ("_forward_pre_hooks", self.hooks),
+        ):
+            attributes[name].clear()
+            attributes[name].update(content)
+        for value, content in self.lists:
+            value[:] = content
+        for hook, pruning_methods in self.methods:
+            hook._pruning_methods = pruning_methods
+
+
+class Transaction:
+    """Puts modules, and values noted before they are overwritten, back when its block raises."""
+
+    def __init__(self) -> None:
+        self._snapshots: dict[int, Snapshot] = {}
+        self.values: list[Values] = []
+
+    def touch(self, module: nn.Module) -> None:
+        """To be called before a module is changed."""
+        if id(module) not in self._snapshots:
+            self._snapshots[id(module)] = Snapshot(module)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if kind is not None:
+            for snapshot in self._snapshots.values():
+                snapshot.restore()
+            for values in self.values:
+                values.restore()
+
+
+class Values:
+    """What a tensor holds, or some of its channels, and the way back, bit for bit.
+
+    Without ``copied``, the tensor is about to be given another memory, and the one that it has is kept.
+    """
+
+    def __init__(self, tensor: Tensor, dim: int, channels: Tensor | None = None, copied: bool = True):
+        self.tensor, self.dim, self.channels, self.copied = tensor, dim, channels, copied
+        self.data = tensor.data  # where the values lie, should the tensor be given others
+        self.saved = self.part()
+        if channels is None and copied:
+            self.saved = self.saved.clone()
+
+    def part(self) -> Tensor:
+        """The bits that the tensor holds now where it held the saved ones."""
+        whole = bits(self.tensor.data)
+        if self.channels is None:
+            return whole
+        return whole.index_select(self.dim, self.channels.to(whole.device))
+
+    def write(self, part: Tensor) -> None:
+        """Puts bits there, as of the dtype that the tensor has now."""
+        whole = bits(self.tensor.data)
+        if self.channels is None:
+            whole.copy_(part)
+        else:
+            whole.index_copy_(self.dim, self.channels.to(whole.device), part)
+        increment_version(self.tensor)
+
+    def restore(self) -> None:
+        """What was, in the memory where it was."""
+        self.tensor.data = self.data
+        if self.copied:
+            self.write(self.saved)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, which copy and compare in any dtype without a change of any bit."""
+    if tensor.is_conj() or tensor.is_neg():
+        return tensor
+    if tensor.dtype is torch.complex128:
+        tensor = torch.view_as_real(tensor)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()])
+
+
+def from_bits(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor of this dtype with these bits."""
+    if integers.dtype == dtype:
+        return integers
+    if dtype is torch.complex128:
+        return torch.view_as_complex(integers.view(torch.float64))
+    return integers.view(dtype)
+
+
+def is_zero(integers: Tensor) -> Tensor:
+    """Which of these bits are those of 0.0 or -0.0."""
+    if integers.is_floating_point() or integers.is_complex():
+        return integers == 0
+    return (integers << 1) == 0

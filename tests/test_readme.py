@@ -1,0 +1,93 @@
+"""The README and the docs: their code runs, and what they link to is there."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
+
+
+def code_of(page: pathlib.Path) -> list[str]:
+    """The blocks of Python on a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_pages_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "models.md"} <= {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize("number", range(len(code_of(ROOT / "README.md"))))
+def test_code_of_the_readme_runs(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in code_of(ROOT / "README.md")[: number + 1]:
+        exec(block, names)
+    CHECKS[number](names)
+
+
+def check_use(names):
+    layer, output = names["layer"], names["output"]
+    zeros = layer.weight == 0
+    assert int(zeros.all(dim=(1, 2, 3)).sum()) == round(0.3 * 128)
+    assert int(zeros.all(dim=(0, 2, 3)).sum()) == 8
+    assert not names["prune"].is_pruned(layer)
+    assert output.grad_fn is not None
+
+
+def check_whole_models(names):
+    model, plan = names["model"], names["plan"]
+    assert pathlib.Path("plan.png").exists()
+    for entry, layer in zip(plan.entries, (model[0], model[2]), strict=True):
+        pruned = (layer.weight == 0).all(dim=1)
+        assert int(pruned.sum()) == entry.channels - entry.kept
+        assert bool((layer.bias[pruned] == 0).all())
+        assert entry.kept % 8 == 0
+        assert entry.kept >= 16
+
+
+def check_the_mask(names):
+    import lnprune
+
+    flags = lnprune.channel_mask(names["weight"], names["pruned"], names["n"], names["dim"])
+    assert (names["mask"][:, 0] == 1).tolist() == flags.tolist()
+
+
+CHECKS = [check_use, check_whole_models, check_the_mask]
+
+
+def test_each_block_of_the_readme_has_a_check():
+    assert len(code_of(ROOT / "README.md")) == len(CHECKS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_is_there(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_pages_name_are_there(page):
+    makefile = (ROOT / "Makefile").read_text()
+    text = page.read_text()
+    targets = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE))
+    assert [name for name in sorted(targets) if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+    files = re.findall(r"python ((?:\w+/)+\w+\.py)", text)
+    files += [
+        f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m (benchmarks\.\w+)", text)
+    ]
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_the_picture_of_the_masks_is_what_its_script_draws(tmp_path):
+    (tmp_path / "masks.py").write_text((ROOT / "docs" / "masks.py").read_text())
+    subprocess.run([sys.executable, tmp_path / "masks.py"], check=True, cwd=ROOT)
+    image = pytest.importorskip("matplotlib.image")
+    drawn, kept = (image.imread(folder / "masks.png") for folder in (tmp_path, ROOT / "docs"))
+    assert drawn.shape == kept.shape
+    # Fonts may differ by a little.
+    assert abs(drawn - kept).mean() < 0.01
