@@ -48,6 +48,17 @@ def test_norms_of_every_dtype_order_and_dim(shape, dtype, orders, device):
             cases.assert_same_bits(lnprune.channel_norms(tensor, n, dim - tensor.dim()), norms)
 
 
+@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
+def test_every_order_of_every_dtype_in_each_kind_of_loop(dtype, device):
+    """Columns and runs, of one chunk and of more, aligned and not, with a short last row."""
+    for shape, dim in (((1401, 5), 1), ((700, 64), 1), ((3, 20_001), 0), ((70, 2, 65), 1)):
+        values = cases.random_values(shape, dtype, device)
+        for tensor in (values, cases.unaligned(values)):
+            for n in cases.NORM_KINDS:
+                norms = lnprune.channel_norms(tensor, n, dim)
+                cases.assert_norms_close(norms, cases.exact_norms(values, n, dim), n, (shape, n))
+
+
 @cases.in_pairs(shape=cases.SMALL_SHAPES, layout=cases.LAYOUTS, dtypes=[torch.float32, torch.float8_e4m3fn])
 def test_norms_of_every_layout(shape, layout, dtypes, device):
     for dtype in dtypes:
