@@ -1,4 +1,4 @@
-"""The suite on other versions of torch: the oldest that is promised and the newest, each with its own build."""
+"""The suite on other versions of torch: the oldest that is promised and the newest, built on each."""
 
 import pathlib
 import shutil
