@@ -26,7 +26,8 @@ def environment_with(torch: str, folder: pathlib.Path) -> pathlib.Path:
     python = new_environment(folder)
     makefile = (ROOT / "Makefile").read_text()
     (pip,) = re.findall(r"pip==\S+", makefile)
-    build = [re.search(rf"\b{name}==\S+", makefile)[0] for name in ("ninja", "pybind11", "setuptools")]
+    build = [re.search(rf"\b{name}==\S+", makefile)[0] for name in ("ninja", "pybind11")]
+    build.append("setuptools>=77")  # how new it may be, torch says
     run([python, "-m", "pip", "install", "--quiet", pip])
     run([python, "-m", "pip", "install", "--quiet", torch, *build, "--group", "dev"], cwd=ROOT)
     return python

@@ -1,5 +1,6 @@
 """The suite on other versions of torch: the oldest that is promised and the newest, built on each."""
 
+import os
 import pathlib
 import shutil
 import tempfile
@@ -37,7 +38,8 @@ def assert_the_suite_passes(python: pathlib.Path) -> None:
         environments.run([python, "-W", "ignore", "-c", BUILD], cwd=copy)
         ignored = [f"--ignore=tests/test_{name}.py" for name in LEFT_OUT]
         options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", *ignored]
-        environments.run([python, "-m", "pytest", *options], cwd=copy)
+        environment = os.environ | {"PYTHONPATH": str(copy)}
+        environments.run([python, "-m", "pytest", *options], cwd=copy, env=environment)
 
 
 def test_the_suite_passes_on_the_oldest_torch(oldest_torch):
