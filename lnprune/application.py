@@ -101,10 +101,6 @@ def prune_in_place(
                 masks.check_own_values(parameter, name)
             with_masks.append(target)
             continue
-        if not masks.has_writable_memory(parameter):
-            raise RuntimeError(
-                f"{name}: expected memory that can be written, to prune in place, got a read-only mapping"
-            )
         request = Request(parameter if scores is None else scores, parameter, dim, amount, keep, name)
         other = requests.setdefault(id(parameter), request)
         if other is not request and keep is not None and other.keep is not None:
