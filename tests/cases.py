@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy
+import pytest
 import torch
 from torch import Tensor
 
@@ -178,6 +180,52 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     )
 }
 DENSE_LAYOUTS = ["contiguous", "channels_last", "transposed", "unaligned", "odd_unit_strides"]
+
+
+def in_pairs(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Runs a test over three axes, the last of which it gets as a list of values.
+
+    In the short run, any two values of two axes meet; the rest of all combinations is marked slow.
+    """
+    first, second, third = (list(values) for values in axes.values())
+    table = pairs(len(first), len(second), len(third))
+    parameters = []
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            chosen = [c for k, c in enumerate(third) if (i, j, k) in table]
+            rest = [c for c in third if c not in chosen]
+            name = f"{a}-{b}"
+            parameters.append(pytest.param(a, b, chosen, id=name))
+            if rest:
+                parameters.append(pytest.param(a, b, rest, id=f"{name}-rest", marks=pytest.mark.slow))
+    return pytest.mark.parametrize(tuple(axes), parameters)
+
+
+def in_turn(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Runs a test over two axes.
+
+    In the short run each value of the first meets one of the second, which take turns; the rest is slow.
+    """
+    first, second = (list(values) for values in axes.values())
+    assert len(first) >= len(second), "else some values of the second axis would never have their turn"
+    parameters = []
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            marks = [] if i % len(second) == j else pytest.mark.slow
+            parameters.append(pytest.param(a, b, id=f"{a}-{b}", marks=marks))
+    return pytest.mark.parametrize(tuple(axes), parameters)
+
+
+def pairs(*sizes: int) -> set[tuple[int, int, int]]:
+    """Rows of three numbers below these sizes: any two of two columns stand in one of the rows."""
+    # The two longest columns in full, the shortest in turn.
+    a, b, c = sorted(range(3), key=lambda column: -sizes[column])
+    rows = set()
+    for i in range(sizes[a]):
+        for j in range(sizes[b]):
+            row = {a: i, b: j, c: (i + j) % sizes[c]}
+            rows.add((row[0], row[1], row[2]))
+    return rows
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import pathlib
+import random
 from typing import Any
 
 import cases
@@ -77,7 +77,29 @@ def build(patched: pathlib.Path | None = None) -> Any:
 
 
 _libraries: list[torch.library.Library] = []
-_seeds = itertools.count()
+# Apart from all other random numbers: what is tested draws the same as on other devices.
+_random = random.Random()
+
+
+def manual_seed(seed: int) -> None:
+    """Scheduling orders that are chosen at random repeat from here on."""
+    _random.seed(seed)
+
+
+def set_order(module: Any, schedule: int, *, recording: bool) -> None:
+    """How the next calls run: in which order, and whether as on a stream that records a graph."""
+    module.set_schedule(schedule, _random.getrandbits(64))
+    module.set_recording(recording)
+
+
+def in_any_order(module: Any, op: Any) -> Any:
+    """The op, each call in a scheduling order of threads and blocks chosen at random."""
+
+    def run(*arguments: Any) -> Any:
+        set_order(module, _random.randrange(module.schedules), recording=_random.random() < 0.3)
+        return op(*arguments)
+
+    return run
 
 
 def in_every_order(module: Any, op: Any) -> Any:
@@ -101,8 +123,7 @@ def in_every_order(module: Any, op: Any) -> Any:
                 for tensor, held in zip(in_place, before, strict=True):
                     # Of no concern to autograd, nor to the counter of versions.
                     tensor.data.view(held.dtype).copy_(held)
-            module.set_schedule(schedule, next(_seeds))
-            module.set_recording(schedule == 1)
+            set_order(module, schedule, recording=schedule == 1)
             result = op(*arguments)
             results.append([cases.bits(tensor) for tensor in in_place] if places else result)
         for result in results[1:]:
@@ -125,7 +146,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def replace_native_ops() -> None:
-    """From here on, what goes through ``lnprune.ops`` runs on the emulated GPU, in every order."""
+    """From here on, what goes through ``lnprune.ops`` runs on the emulated GPU, in any order."""
     module = build()
     for op in OPS:
-        setattr(ops, f"_{op}", in_every_order(module, getattr(torch.ops.lnprune_emulated, op).default))
+        setattr(ops, f"_{op}", in_any_order(module, getattr(torch.ops.lnprune_emulated, op).default))

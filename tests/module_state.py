@@ -14,6 +14,22 @@ import lnprune
 
 DEVICES = cases.DEVICES
 
+
+def _compares_with_torch(n: Any) -> bool:
+    try:
+        return bool(stock._compute_norm(torch.ones(2, 2), n, 0).dim() == 1)
+    except RuntimeError:
+        return True
+    except TypeError:
+        return False
+
+
+# The pruning of torch 2.15 refuses an order of None, and takes 'nuc' of the last two dims where slices are
+# no matrices. Before, None is 2 and such a 'nuc' an error, and here they are with every torch.
+NONE_IS_2 = _compares_with_torch(None)
+NUC_IS_OF_MATRICES = _compares_with_torch("nuc")
+ORDER_OF_NONE = [None] if NONE_IS_2 else []
+
 _REGISTRIES = (
     "_parameters",
     "_buffers",

@@ -164,8 +164,12 @@ CHECKS = [
 
 @dataclasses.dataclass(frozen=True)
 class Bug:
-    """A text of a kernel, what replaces it, and the check that must notice."""
+    """A text of a kernel, what replaces it, and the check that must notice.
 
+    Of the bugs of a kind, the short run has the first.
+    """
+
+    kind: str
     kernel: str
     text: str
     replacement: str
@@ -180,48 +184,56 @@ START_OF_WRITING = "  if (task->elements <= 0xffffffffll) {\n    write_tile_of"
 
 BUGS = {
     "column_sums_read_before_a_barrier": Bug(
+        "barrier of the rank step",
         "norms.cu",
         "  __syncthreads();\n#pragma unroll 1\n  for (int c = thread; c < columns; c += kThreads) {\n",
         "#pragma unroll 1\n  for (int c = thread; c < columns; c += kThreads) {\n",
         check_columns,
     ),
     "column_groups_read_before_a_barrier": Bug(
+        "barrier of the rank step",
         "norms.cu",
         "    sums[0] = sum;\n  }\n  __syncthreads();\n",
         "    sums[0] = sum;\n  }\n",
         check_columns,
     ),
     "column_partials_read_before_a_barrier": Bug(
+        "barrier of the rank step",
         "norms.cu",
         "shared[thread] = sum;\n    __syncthreads();\n",
         "shared[thread] = sum;\n",
         check_columns,
     ),
     "team_values_read_before_a_barrier": Bug(
+        "barrier of the rank step",
         "norms.cu",
         "if (threadIdx.x % kWarp == 0) shared[warp] = value;\n    __syncthreads();\n",
         "if (threadIdx.x % kWarp == 0) shared[warp] = value;\n",
         check_runs,
     ),
     "shifted_slots_read_before_a_barrier": Bug(
+        "barrier of the rank step",
         "norms.cu",
         "- shift) & mask] = partials[s];\n    __syncthreads();\n",
         "- shift) & mask] = partials[s];\n",
         check_runs,
     ),
     "ticket_drawn_before_a_fence": Bug(
+        "fence",
         "norms.cu",
         "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    *shared_last",
         "  __syncthreads();\n  if (threadIdx.x == 0) {\n    *shared_last",
         check_columns,
     ),
     "ticket_drawn_before_a_barrier": Bug(
+        "ticket",
         "norms.cu",
         "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    *shared_last",
         "  __threadfence();\n  if (threadIdx.x == 0) {\n    *shared_last",
         check_two_chunks,
     ),
     "ticket_drawn_before_the_partials_are_stored": Bug(
+        "ticket",
         "norms.cu",
         "  if (first_of_team) put(task, norm, chunk, channel, total);\n\n"
         "  if (!is_last_of_strip(task, strip, shared_last)) return;\n",
@@ -231,30 +243,35 @@ BUGS = {
         check_runs,
     ),
     "ticket_read_before_a_barrier": Bug(
+        "ticket",
         "norms.cu",
         "  __syncthreads();\n  __threadfence();\n  return *shared_last",
         "  __threadfence();\n  return *shared_last",
         check_columns,
     ),
     "last_element_of_a_run_left_out": Bug(
+        "bounds of the rank step",
         "norms.cu",
         "0, end - last * L, task.float8_values",
         "0, end - last * L - 1, task.float8_values",
         check_runs,
     ),
     "element_before_a_run_added": Bug(
+        "bounds of the rank step",
         "norms.cu",
         "add_elements(norm, run, 1, shift, end, ",
         "add_elements(norm, run, 1, shift - 1, end, ",
         check_runs,
     ),
     "short_last_row_left_out": Bug(
+        "bounds of the rank step",
         "norms.cu",
         "smaller((chunk + 1) * cut.rows_per_chunk, cut.rows);\n#pragma",
         "smaller((chunk + 1) * cut.rows_per_chunk, full_rows);\n#pragma",
         check_columns,
     ),
     "fold_by_the_width_of_the_strip": Bug(
+        "order of a sum",
         "norms.cu",
         "cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;",
         "channels < kThreads ? channels : kThreads;",
@@ -262,27 +279,42 @@ BUGS = {
         "identical columns differ",
     ),
     "blocks_of_roots_counted_from_the_first_tensor": Bug(
-        "norms.cu", "(blockIdx.x - task->first_block) * kThreads", "blockIdx.x * kThreads", check_roots
+        "roots",
+        "norms.cu",
+        "(blockIdx.x - task->first_block) * kThreads",
+        "blockIdx.x * kThreads",
+        check_roots,
     ),
     "histogram_read_before_a_barrier": Bug(
-        "topk.cu", "    __syncthreads();\n    // Thread 0 has", "    // Thread 0 has", check_selection
+        "barrier of the select step",
+        "topk.cu",
+        "    __syncthreads();\n    // Thread 0 has",
+        "    // Thread 0 has",
+        check_selection,
     ),
     "histogram_cleared_without_a_barrier": Bug(
-        "topk.cu", "buckets[b] = 0;\n    __syncthreads();\n", "buckets[b] = 0;\n", check_selection
+        "barrier of the select step",
+        "topk.cu",
+        "buckets[b] = 0;\n    __syncthreads();\n",
+        "buckets[b] = 0;\n",
+        check_selection,
     ),
     "histogram_not_cleared": Bug(
+        "memory not cleared",
         "topk.cu",
         "b += kSelectThreads) buckets[b] = 0;",
         "b += kSelectThreads) buckets[b] += 0;",
         check_selection,
     ),
     "bucket_read_before_a_barrier": Bug(
+        "barrier of the select step",
         "topk.cu",
         "shared->above = above;\n    }\n    __syncthreads();\n",
         "shared->above = above;\n    }\n",
         check_selection,
     ),
     "warp_sums_overwritten_by_a_faster_warp": Bug(
+        "barrier of the select step",
         "topk.cu",
         "  __syncthreads();\n  if (lane == kWarp - 1)",
         "  if (lane == kWarp - 1)",
@@ -290,18 +322,21 @@ BUGS = {
         OTHER_ORDER,
     ),
     "last_element_of_a_tensor_not_written": Bug(
+        "bounds of the write step",
         "masks.cu",
         "written + thread, end, kThreads);",
         "written + thread, end - 1, kThreads);",
         check_writing,
     ),
     "first_element_after_the_vectors_not_written": Bug(
+        "bounds of the write step",
         "masks.cu",
         "written + thread, end, kThreads);",
         "written + thread + 1, end, kThreads);",
         check_writing,
     ),
     "barrier_for_half_a_warp": Bug(
+        "divergence",
         "masks.cu",
         f"  __syncthreads();\n{START_OF_WRITING}",
         f"  __syncthreads();\n  if (threadIdx.x < 16) __syncthreads();\n{START_OF_WRITING}",
@@ -309,6 +344,7 @@ BUGS = {
         "divergence",
     ),
     "last_element_of_a_tensor_not_zeroed": Bug(
+        "bounds of the zero step",
         "masks.cu",
         "zeroed + thread, end);",
         "zeroed + thread, end - 1);",
@@ -316,6 +352,7 @@ BUGS = {
         "other elements are zero",
     ),
     "vectors_zeroed_as_a_whole": Bug(
+        "bounds of the zero step",
         "masks.cu",
         "if (pruned[u] == (1u << L) - 1) {",
         "if (pruned[u] != 0) {",
@@ -323,6 +360,7 @@ BUGS = {
         "other elements are zero",
     ),
     "vectors_that_cross_channels_zeroed_by_their_first_flag": Bug(
+        "bounds of the zero step",
         "masks.cu",
         "if (flags.inner - flags.within >= kCount) return",
         "if (flags.inner >= kCount) return",
@@ -330,6 +368,7 @@ BUGS = {
         "other elements are zero",
     ),
     "elements_that_stay_written_again": Bug(
+        "traffic",
         "masks.cu",
         "store_if((pruned >> s & 1) != 0, words + i + s * kThreads, Word{0});",
         "if (i + s * kThreads < end)\n"
@@ -338,12 +377,14 @@ BUGS = {
         "'bytes_written'",
     ),
     "task_to_zero_read_before_a_barrier": Bug(
+        "barrier of the zero step",
         "masks.cu",
         "  __syncthreads();\n  // A step beyond",
         "  // A step beyond",
         check_zeroing,
     ),
     "vectors_of_columns_misaligned": Bug(
+        "alignment",
         "launches.cpp",
         "task.aligned = is_aligned(task.elements, vector * bytes) && cut.row_elements",
         "task.aligned = true || cut.row_elements",
@@ -351,6 +392,7 @@ BUGS = {
         f"{MISALIGNED} load",
     ),
     "strips_that_begin_within_a_vector": Bug(
+        "alignment",
         "launches.cpp",
         "(task.strips == 1 || cut.columns_per_strip % vector == 0)",
         "true",
@@ -358,9 +400,10 @@ BUGS = {
         f"{MISALIGNED} load",
     ),
     "strips_wider_than_a_block": Bug(
-        "launches.cpp", " && whole_unit <= kThreads * vector;", ";", check_columns
+        "cutting", "launches.cpp", " && whole_unit <= kThreads * vector;", ";", check_columns
     ),
     "slots_of_runs_not_shifted_back": Bug(
+        "order of a sum",
         "launches.cpp",
         "task.aligned = is_aligned(task.elements, vector * bytes) && (has_one_run",
         "task.aligned = true || (has_one_run",
@@ -368,6 +411,7 @@ BUGS = {
         "another alignment",
     ),
     "vectors_of_the_write_step_misaligned": Bug(
+        "alignment",
         "launches.cpp",
         "task.vectors = is_aligned(item.mask) && is_aligned(item.original)",
         "task.vectors = true || is_aligned(item.original)",
@@ -375,6 +419,7 @@ BUGS = {
         f"{MISALIGNED} load",
     ),
     "vectors_of_the_zero_step_misaligned": Bug(
+        "alignment",
         "launches.cpp",
         "task.vectors = is_aligned(item.elements) && (inner",
         "task.vectors = true && (inner",
@@ -382,9 +427,10 @@ BUGS = {
         f"{MISALIGNED} store",
     ),
     "tasks_of_the_first_batch_for_all": Bug(
-        "launches.cpp", "    table += batch.tasks.size() * sizeof(Task);\n", "", check_zeroing
+        "cutting", "launches.cpp", "    table += batch.tasks.size() * sizeof(Task);\n", "", check_zeroing
     ),
     "vectors_loaded_twice": Bug(
+        "traffic",
         "norms.cu",
         "if (i + u < count) loaded[u] = load_vector",
         "if (i + u < count) load_vector<kVectorBytes<T>>(elements + u * stride);\n"
@@ -393,7 +439,11 @@ BUGS = {
         "'rank', {",
     ),
     "tickets_not_set_to_zero": Bug(
-        "launches.cpp", "  std::memset(table + at, 0, table_bytes_ - at);\n", "", check_columns
+        "memory not cleared",
+        "launches.cpp",
+        "  std::memset(table + at, 0, table_bytes_ - at);\n",
+        "",
+        check_columns,
     ),
 }
 
@@ -416,6 +466,7 @@ def check_failing_sizes(native: Any) -> None:
 # Errors of some sizes only, and what the exceptions say: the line is the one marked in the replacement.
 FAILURES = {
     "threads_that_leave_before_a_barrier": Bug(
+        "divergence",
         "masks.cu",
         f"  __syncthreads();\n{START_OF_WRITING}",
         "  __syncthreads();\n"
@@ -426,6 +477,7 @@ FAILURES = {
         r"thread 16 of block 0 has finished \(line \d+\)",
     ),
     "threads_at_two_barriers": Bug(
+        "divergence",
         "masks.cu",
         f"  __syncthreads();\n{START_OF_WRITING}",
         "  if (task->elements == 777 && threadIdx.x % 2 == 0) __syncthreads();  // marked\n"
@@ -436,6 +488,7 @@ FAILURES = {
         r"thread 1 of block 0 waits at a barrier \(line {next_line}\)",
     ),
     "lanes_that_miss_a_shuffle": Bug(
+        "divergence",
         "topk.cu",
         "  int64_t participants = 0;\n",
         "  if (item.channels != 777 || threadIdx.x % kWarp != 5)\n"
@@ -446,6 +499,7 @@ FAILURES = {
         r"thread 5 of block 0 waits at a shuffle \(line \d+\)",
     ),
     "misaligned_load": Bug(
+        "alignment",
         "masks.cu",
         "originals[u] = load_vector<16>(original + i);",
         "originals[u] = load_vector<16>(original + i + (end == 776 && item.slices.channels == 777));",
@@ -453,6 +507,7 @@ FAILURES = {
         r"emulated launch: misaligned vector load: thread \d+ of block 0 runs",
     ),
     "misaligned_store": Bug(
+        "alignment",
         "masks.cu",
         "store_vector(static_cast<T*>(item.weight) + i, originals[u]);",
         "store_vector(static_cast<T*>(item.weight) + i + (item.slices.channels == 777), originals[u]);",
@@ -517,6 +572,7 @@ def judge(sender: Any, patched: pathlib.Path, checks: list[Callable[[Any], None]
         return
     sender.send(BUILT)
     torch.manual_seed(seed)
+    emulated_cuda.manual_seed(seed)
     native = in_every_order(module)
     try:
         for check in checks:
@@ -533,14 +589,25 @@ def in_every_order(module: Any) -> Any:
     return types.SimpleNamespace(module=module, **ops)
 
 
-@pytest.mark.parametrize("name", BUGS)
+def first_of_each_kind(bugs: dict[str, Bug]) -> list:
+    """The names of the bugs, of which the short run has the first of each kind."""
+    kinds: dict[str, str] = {}
+    for name, bug in bugs.items():
+        kinds.setdefault(bug.kind, name)
+    return [
+        pytest.param(name, marks=[] if kinds[bugs[name].kind] == name else pytest.mark.slow)
+        for name in bugs
+    ]
+
+
+@pytest.mark.parametrize("name", first_of_each_kind(BUGS))
 def test_seeded_bug_is_caught(name, verdicts):
     found = verdicts[name].result()
     assert found, f"not caught, with torch.manual_seed({SEED})"
     assert BUGS[name].says in found
 
 
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", first_of_each_kind(FAILURES))
 def test_failure_names_thread_and_line_and_ends_one_call(name, verdicts):
     bug = FAILURES[name]
     lines = kernels_to_judge(name)[bug.kernel].splitlines()
@@ -549,6 +616,7 @@ def test_failure_names_thread_and_line_and_ends_one_call(name, verdicts):
     assert re.search(pattern, verdicts[name].result())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [NO_BUG])
 def test_kernels_without_a_bug_pass(name, verdicts):
     assert verdicts[name].result() == "", f"with torch.manual_seed({SEED})"
@@ -597,6 +665,7 @@ LAYOUTS = {
     "unaligned_convolution_dim_0": Layout((256, 128, 3, 3), 0, cases.unaligned),
     "unaligned_convolution_dim_1": Layout((256, 128, 3, 3), 1, cases.unaligned),
 }
+DTYPES_BY_SIZE = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 # What is moved, as a multiple of the least: bytes, and the 32-byte sectors that hold them.
 MOST_BYTES = 1.03
 MOST_SECTORS = 1.15
@@ -679,10 +748,7 @@ def assert_little_traffic(
     return worst
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str
-)
-@pytest.mark.parametrize("name", LAYOUTS)
+@cases.in_turn(name=LAYOUTS, dtype=DTYPES_BY_SIZE)
 def test_little_is_moved_beyond_the_least(name, dtype, module):
     exceptions, reason = SECTORS_OF_EXCEPTIONS.get(name, ({}, ""))
     most = exceptions.get(dtype.itemsize, MOST_SECTORS)
@@ -736,10 +802,7 @@ def assert_only_zeros_are_written(module: Any, layout: Layout, dtype: torch.dtyp
     assert found["bytes_written"] == zeros + 9 * channels + partials, case
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str
-)
-@pytest.mark.parametrize("name", LAYOUTS)
+@cases.in_turn(name=LAYOUTS, dtype=DTYPES_BY_SIZE)
 def test_pruning_in_place_reads_flags_and_writes_zeros(name, dtype, module):
     assert_only_zeros_are_written(module, LAYOUTS[name], dtype)
 

@@ -38,27 +38,36 @@ def both_ways(values, dtype, device, n):
     return [as_column[1].item(), as_row[1].item()], as_run[1].item()
 
 
-@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", cases.SMALL_SHAPES)
-def test_norms_of_every_dtype_order_and_dim(shape, dtype, device):
+@cases.in_pairs(shape=cases.SMALL_SHAPES, dtype=cases.NATIVE_DTYPES, orders=cases.NORMS)
+def test_norms_of_every_dtype_order_and_dim(shape, dtype, orders, device):
     tensor = cases.random_values(cases.SMALL_SHAPES[shape], dtype, device)
     for dim in range(tensor.dim()):
-        for n in cases.NORMS:
+        for n in orders:
             norms = lnprune.channel_norms(tensor, n, dim)
             cases.assert_norms_close(norms, cases.exact_norms(tensor, n, dim), n, dim)
             cases.assert_same_bits(lnprune.channel_norms(tensor, n, dim - tensor.dim()), norms)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("shape", cases.SMALL_SHAPES)
-def test_norms_of_every_layout(shape, layout, dtype, device):
-    values = cases.random_values(cases.SMALL_SHAPES[shape], dtype, device)
-    tensor = cases.LAYOUTS[layout](values)
-    for dim in range(tensor.dim()):
-        for n in (2, -cases.INFINITY):
-            norms = lnprune.channel_norms(tensor, n, dim)
-            cases.assert_norms_close(norms, cases.exact_norms(tensor.contiguous(), n, dim), n, dim)
+@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
+def test_every_order_of_every_dtype_in_each_kind_of_loop(dtype, device):
+    """Columns and runs, of one chunk and of more, aligned and not, with a short last row."""
+    for shape, dim in (((1401, 5), 1), ((700, 64), 1), ((3, 20_001), 0), ((70, 2, 65), 1)):
+        values = cases.random_values(shape, dtype, device)
+        for tensor in (values, cases.unaligned(values)):
+            for n in cases.NORM_KINDS:
+                norms = lnprune.channel_norms(tensor, n, dim)
+                cases.assert_norms_close(norms, cases.exact_norms(values, n, dim), n, (shape, n))
+
+
+@cases.in_pairs(shape=cases.SMALL_SHAPES, layout=cases.LAYOUTS, dtypes=[torch.float32, torch.float8_e4m3fn])
+def test_norms_of_every_layout(shape, layout, dtypes, device):
+    for dtype in dtypes:
+        values = cases.random_values(cases.SMALL_SHAPES[shape], dtype, device)
+        tensor = cases.LAYOUTS[layout](values)
+        for dim in range(tensor.dim()):
+            for n in (2, -cases.INFINITY):
+                norms = lnprune.channel_norms(tensor, n, dim)
+                cases.assert_norms_close(norms, cases.exact_norms(tensor.contiguous(), n, dim), n, dim)
 
 
 @pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
@@ -280,6 +289,7 @@ def test_norms_of_any_strides_and_values(data, device):
     cases.assert_norms_close(norms, cases.reference_norms(tensor, n, dim), n, "", 2e-12)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("n", cases.NORM_KINDS)
 @pytest.mark.parametrize("shape", cases.LARGE_SHAPES)
 def test_threads_do_not_change_the_bits(shape, n, device):
@@ -340,16 +350,19 @@ def test_a_channel_has_the_same_norm_at_every_position(shape, device):
             )
 
 
-@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES[:5], ids=str)
-@pytest.mark.parametrize("shape", [*cases.SMALL_SHAPES, "columns_of_two_strips", "runs_of_two_strips"])
-def test_an_unaligned_base_does_not_change_the_bits(shape, dtype, device):
+@cases.in_pairs(
+    shape=[*cases.SMALL_SHAPES, "columns_of_two_strips", "runs_of_two_strips"],
+    dtype=cases.NATIVE_DTYPES[:5],
+    orders=cases.NORM_KINDS,
+)
+def test_an_unaligned_base_does_not_change_the_bits(shape, dtype, orders, device):
     size = cases.SMALL_SHAPES.get(shape) or cases.LARGE_SHAPES[shape][0]
     values = cases.random_values(size, dtype, device)
     for offset in (1, 3):
         room = cases.poisoned((values.numel() + 2 * offset,), values)[offset:-offset]
         moved = room.view(size).copy_(values)
         for dim in range(len(size)):
-            for n in cases.NORM_KINDS:
+            for n in orders:
                 expected = lnprune.channel_norms(values, n, dim)
                 cases.assert_same_bits(lnprune.channel_norms(moved, n, dim), expected, (offset, dim, n))
 
@@ -422,6 +435,7 @@ def baseline_digests():
     return digests
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[1:])
 def test_every_instruction_set_gives_the_same_bits(instruction_set, device, request):
     if device != "cpu":

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import pathlib
-import re
 import runpy
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import setuptools
 import torch
 import torch.utils.cpp_extension
+from environments import new_environment
 
 import lnprune
 
@@ -45,13 +45,6 @@ def run(command: list, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False, **options
     )
-
-
-def new_environment(folder: pathlib.Path) -> pathlib.Path:
-    """A virtual environment with nothing in it; returns its Python."""
-    created = run([sys.executable, "-m", "venv", folder])
-    assert created.returncode == 0, created.stderr
-    return folder / "bin" / "python"
 
 
 @pytest.fixture
@@ -251,21 +244,6 @@ def test_pip_installs_into_an_empty_environment(folder):
     pruned = run([python, "-W", "ignore", "-c", PRUNE], cwd="/")
     assert pruned.returncode == 0, pruned.stderr
     assert "site-packages" in pruned.stdout
-
-
-@pytest.fixture(scope="module")
-def oldest_torch():
-    """The Python of an environment with the oldest supported torch, for CUDA if the index has that."""
-    oldest = re.search(r'dependencies = \["torch>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text())[1]
-    with tempfile.TemporaryDirectory() as name:
-        python = new_environment(pathlib.Path(name))
-        needed = [f"torch=={oldest}.*", "numpy", "setuptools>=77", "ninja", "pybind11"]
-        installed = run([python, "-m", "pip", "install", *needed])
-        assert installed.returncode == 0, installed.stderr[-2000:]
-        version = run([python, "-W", "ignore", "-c", "import torch; print(torch.__version__)"]).stdout
-        assert version.startswith(f"{oldest}.")
-        assert version.strip() != torch.__version__
-        yield python
 
 
 @pytest.mark.slow

@@ -122,7 +122,9 @@ def test_a_module_at_two_places_is_ranked_once():
         ({"include": nn.Conv1d}, ["encoder.0.weight", "encoder.2.weight"]),
         ({"include": (nn.Conv1d, nn.Linear)}, ALL[1:]),
         ({"include": (nn.Embedding, "head.*")}, ["embed.weight", "head.1.weight"]),
-        ({"include": iter(["embed", nn.Linear])}, ["embed.weight", "head.1.weight"]),
+        pytest.param(
+            {"include": iter(["embed", nn.Linear])}, ["embed.weight", "head.1.weight"], id="iterator"
+        ),
         ({"include": []}, ALL),
         ({"exclude": "encoder.*"}, ["embed.weight", "head.1.weight"]),
         ({"exclude": nn.Embedding}, ALL[1:]),

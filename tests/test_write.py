@@ -184,8 +184,7 @@ def assert_pruned(tensors, masks, originals, dims, p, counts, shares):
     return keeps
 
 
-@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("p", [0.0, 1.0, 2.0, 3.0, 1.7, math.inf, -math.inf])
+@cases.in_turn(dtype=cases.NATIVE_DTYPES, p=[0.0, 1.0, 2.0, 3.0, 1.7, math.inf, -math.inf])
 def test_pruning_is_its_three_steps(p, dtype, device):
     paths = ["columns", "columns_of_blocks", "runs", "rows_of_runs", "dims_of_size_one", "one_channel"]
     tensors = [cases.random_values(cases.WRITE_PATHS[path][0], dtype, device) for path in paths]

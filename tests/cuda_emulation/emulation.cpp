@@ -1,16 +1,16 @@
 // The engine of the emulation: fibers, barriers, scheduling, shared memory, store buffers, meter.
 #include "emulation.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <random>
-#include <set>
+#include <string_view>
 #include <tuple>
 #include <vector>
+
+#include "fibers.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -39,7 +39,7 @@ struct PendingStore {
 struct Block;
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Block* block = nullptr;
   unsigned thread = 0;
@@ -55,14 +55,14 @@ struct Block {
   bool running = false;
   unsigned laggard = 0;  // the warp that runs last in a shuffled order
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::map<std::tuple<std::string, int, size_t>, std::vector<uint64_t>> shared;
+  std::map<std::tuple<std::string_view, int, size_t>, std::vector<uint64_t>> shared;
   std::vector<std::vector<uint64_t>> exchanged;  // per warp, the values of its last exchange
-  // Per kind of access, warp and number: the 32-byte sectors touched.
-  std::map<std::tuple<int, unsigned, int>, std::set<uint64_t>> sectors;
-  std::set<uint64_t> cached;
+  // Per kind of access, warp and number: the 32-byte sectors touched, some more than once.
+  std::map<std::tuple<int, unsigned, int>, std::vector<uint64_t>> sectors;
+  std::vector<uint64_t> cached;
 };
 
-ucontext_t scheduler;
+Context scheduler;
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 Schedule schedule_kind = Schedule::ascending;
@@ -85,7 +85,7 @@ void to_scheduler(bool finished) {
   __sanitizer_start_switch_fiber(finished ? nullptr : &fake, scheduler_stack,
                                  scheduler_stack_bytes);
 #endif
-  swapcontext(&fiber->context, &scheduler);
+  fiber->context.switch_to(scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_stack_bytes);
 #else
@@ -110,7 +110,7 @@ void resume(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), kStackBytes);
 #endif
-  swapcontext(&scheduler, &fiber.context);
+  scheduler.switch_to(fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -148,22 +148,23 @@ void start(Block& block, unsigned index, int threads) {
     fiber.state = State::ready;
     std::fill(std::begin(fiber.accesses), std::end(fiber.accesses), 0);
     fiber.stores.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    fiber.context.start(fiber.stack.get(), kStackBytes, fiber_main);
   }
+}
+
+int64_t distinct(std::vector<uint64_t>& numbers) {
+  std::sort(numbers.begin(), numbers.end());
+  return std::unique(numbers.begin(), numbers.end()) - numbers.begin();
 }
 
 void finish(Block& block) {
   block.running = false;
-  for (const auto& [key, sectors] : block.sectors) {
+  for (auto& [key, sectors] : block.sectors) {
     (std::get<0>(key) == static_cast<int>(Access::read) ? totals.sectors_read
                                                         : totals.sectors_written) +=
-        static_cast<int64_t>(sectors.size());
+        distinct(sectors);
   }
-  totals.cached_sectors += static_cast<int64_t>(block.cached.size());
+  totals.cached_sectors += distinct(block.cached);
   block.sectors.clear();
   block.cached.clear();
 }
@@ -298,14 +299,14 @@ void record(Access access, const void* address, size_t bytes) {
   const uint64_t first = reinterpret_cast<uintptr_t>(address) / 32;
   const uint64_t last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / 32;
   if (access == Access::cached) {
-    for (uint64_t sector = first; sector <= last; ++sector) block.cached.insert(sector);
+    for (uint64_t sector = first; sector <= last; ++sector) block.cached.push_back(sector);
     return;
   }
   (access == Access::read ? totals.bytes_read : totals.bytes_written) +=
       static_cast<int64_t>(bytes);
   const int kind = static_cast<int>(access);
   auto& sectors = block.sectors[{kind, current->thread / kWarp, current->accesses[kind]++}];
-  for (uint64_t sector = first; sector <= last; ++sector) sectors.insert(sector);
+  for (uint64_t sector = first; sector <= last; ++sector) sectors.push_back(sector);
 }
 
 void record_nothing(Access access) { ++current->accesses[static_cast<int>(access)]; }
