@@ -39,9 +39,11 @@ __all__ = [
 
 Amount = Union[int, float]
 
-# From this mean size on, on the CPU, masked weights are worth writing together with their masks: handing
-# one to autograd then costs less than another pass over it. On CUDA it saves launches.
-_FUSED_MEAN_BYTES = 1 << 18
+# From this many bytes on, on the CPU, masked weights are worth writing together with their masks, so many
+# for the call and so many for each: another pass then takes longer than handing them to autograd. On CUDA
+# it saves launches.
+_FUSED_CALL_BYTES = 7 << 17
+_FUSED_WEIGHT_BYTES = 1 << 17
 
 
 class Request:
@@ -192,7 +194,7 @@ def _by_fusing(rows: list[Request]) -> list[tuple[bool, list[Request]]]:
         size = 0
         for row in rows:
             size += row.original.numel() * row.original.element_size()
-        if size < _FUSED_MEAN_BYTES * len(rows):
+        if size < _FUSED_CALL_BYTES + _FUSED_WEIGHT_BYTES * len(rows):
             return [(False, rows)]
     parts: tuple[list[Request], list[Request]] = ([], [])
     for row in rows:

@@ -48,7 +48,7 @@ def convolutions(device="cpu"):
 
 
 def large(device="cpu"):
-    return nn.Sequential(nn.Linear(520, 256, device=device), nn.Linear(256, 260, device=device))
+    return nn.Sequential(nn.Linear(520, 512, device=device), nn.Linear(512, 260, device=device))
 
 
 MODELS = {"linears": linears, "convolutions": convolutions, "large": large}
