@@ -204,7 +204,7 @@ class _Backup:
                 "by training or load_state_dict: undo() would lose them"
             )
         # A conversion to a narrower type makes zeros of its own.
-        widened = torch.promote_types(self.dtype, tensor.dtype) == tensor.dtype
+        widened = tensor.dtype == self.dtype or _width(tensor.dtype) > _width(self.dtype)
         lost = int((self.counts.to(tensor.device) - self._counts()).clamp(min=0).sum()) if widened else 0
         if lost:
             raise RuntimeError(
@@ -219,6 +219,10 @@ class _Backup:
             values.tensor.data = values.data  # its own memory, which torch did not write to
         else:
             values.write(torch.where(self._taken().to(now.device), self._as_now(values.saved), now))
+
+
+def _width(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
 
 
 def _targets(weights: Sequence[Weight], flags: Sequence[Tensor], bias: bool) -> list[Target]:
