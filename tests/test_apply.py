@@ -579,7 +579,7 @@ def test_zeros_that_a_conversion_makes_are_not_pruning(device):
 
 
 def test_new_values_where_torch_multiplied_into_other_memory(device):
-    """Eight-bit values are not multiplied in place: kept ones stay as they were written since all the same."""
+    """Eight-bit values are not multiplied in place; kept ones stay as written since all the same."""
     weight = torch.randn(8, 6, device=device).to(torch.float8_e5m2)
     model = nn.ModuleList([bare(weight.clone(), requires_grad=False)])
     stock.identity(model[0], "weight")
