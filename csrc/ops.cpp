@@ -56,9 +56,12 @@ pybind11::dict build_info() {
   return info;
 }
 
-bool is_writable(uintptr_t address) {
-  void* block = reinterpret_cast<void*>(address);
-  return cpu::first_unwritable(&block, 1) == 1;
+size_t first_unwritable(const pybind11::list& addresses) {
+  std::vector<void*> blocks;
+  for (const auto& address : addresses) {
+    blocks.push_back(reinterpret_cast<void*>(address.cast<uintptr_t>()));
+  }
+  return cpu::first_unwritable(blocks.data(), blocks.size());
 }
 
 }  // namespace
@@ -72,5 +75,5 @@ STABLE_TORCH_LIBRARY_IMPL(lnprune, CPU, library) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &lnprune::build_info);
-  m.def("is_writable", &lnprune::is_writable);
+  m.def("first_unwritable", &lnprune::first_unwritable);
 }

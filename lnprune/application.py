@@ -101,10 +101,6 @@ def prune_in_place(
                 masks.check_own_values(parameter, name)
             with_masks.append(target)
             continue
-        if not masks.has_writable_memory(parameter):
-            raise RuntimeError(
-                f"{name}: expected memory that can be written, to prune in place, got a read-only mapping"
-            )
         request = Request(parameter if scores is None else scores, parameter, dim, amount, keep, name)
         other = requests.setdefault(id(parameter), request)
         if other is not request and keep is not None and other.keep is not None:
@@ -208,7 +204,7 @@ class _Backup:
                 "by training or load_state_dict: undo() would lose them"
             )
         # A conversion to a narrower type makes zeros of its own.
-        widened = torch.promote_types(self.dtype, tensor.dtype) == tensor.dtype
+        widened = tensor.dtype == self.dtype or _width(tensor.dtype) > _width(self.dtype)
         lost = int((self.counts.to(tensor.device) - self._counts()).clamp(min=0).sum()) if widened else 0
         if lost:
             raise RuntimeError(
@@ -223,6 +219,10 @@ class _Backup:
             values.tensor.data = values.data  # its own memory, which torch did not write to
         else:
             values.write(torch.where(self._taken().to(now.device), self._as_now(values.saved), now))
+
+
+def _width(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
 
 
 def _targets(weights: Sequence[Weight], flags: Sequence[Tensor], bias: bool) -> list[Target]:

@@ -25,7 +25,6 @@ __all__ = [
     "Request",
     "check_own_values",
     "compute_mask",
-    "has_writable_memory",
     "is_wrapper",
     "is_writable",
     "keep_flags",
@@ -40,9 +39,11 @@ __all__ = [
 
 Amount = Union[int, float]
 
-# From this mean size on, on the CPU, masked weights are worth writing together with their masks: handing
-# one to autograd then costs less than another pass over it. On CUDA it saves launches.
-_FUSED_MEAN_BYTES = 1 << 18
+# From this many bytes on, on the CPU, masked weights are worth writing together with their masks, so many
+# for the call and so many for each: another pass then takes longer than handing them to autograd. On CUDA
+# it saves launches.
+_FUSED_CALL_BYTES = 7 << 17
+_FUSED_WEIGHT_BYTES = 1 << 17
 
 
 class Request:
@@ -193,7 +194,7 @@ def _by_fusing(rows: list[Request]) -> list[tuple[bool, list[Request]]]:
         size = 0
         for row in rows:
             size += row.original.numel() * row.original.element_size()
-        if size < _FUSED_MEAN_BYTES * len(rows):
+        if size < _FUSED_CALL_BYTES + _FUSED_WEIGHT_BYTES * len(rows):
             return [(False, rows)]
     parts: tuple[list[Request], list[Request]] = ([], [])
     for row in rows:
@@ -324,9 +325,11 @@ def is_writable(tensor: Tensor) -> bool:
     )
 
 
-def has_writable_memory(tensor: Tensor) -> bool:
-    """Whether a write would reach the tensor's memory: a read-only mapping of a file ends the process."""
-    return not tensor.is_cpu or tensor.numel() == 0 or ops.is_writable(tensor.data_ptr())
+def _first_read_only(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A tensor whose memory is a read-only mapping of a file, where a write ends the process."""
+    here = [tensor for tensor in tensors if tensor.is_cpu]
+    place = ops.first_unwritable([tensor.data_ptr() for tensor in here])
+    return here[place] if place < len(here) else None
 
 
 def _may_overlap(tensor: Tensor) -> bool:
@@ -348,6 +351,13 @@ def write_zeros(
     What plain torch writes is noted first, since it may raise between two tensors; with ``keep_values`` so
     is what the flags of the others prune.
     """
+    read_only = _first_read_only([request.original for request in requests])
+    for request in requests if read_only is not None else ():
+        if request.original is read_only:
+            raise RuntimeError(
+                f"{request.name}: expected memory that can be written, to prune in place, got a read-only "
+                "mapping"
+            )
     p = None if reference.ranks_like_torch() else native_order(n)
     groups: dict[tuple[int, bool], list[Request]] = {}
     plain: list[Values] = []
@@ -358,7 +368,8 @@ def write_zeros(
             try:
                 stock._validate_pruning_amount_init(request.amount)
                 request.count = pruned_count(scores, request.amount, request.dim)
-                if not native or p is None or not ops.are_native(scores, tensor):
+                together = scores is tensor or ops.are_native(scores, tensor)
+                if not native or p is None or not together:
                     request.keep = keep_flags(scores, n, request.dim, request.count)
             except NAMED_ERRORS as error:
                 add_name(error, request.name)
@@ -387,7 +398,7 @@ def multiplies_in_place(original: Tensor) -> bool:
         is_writable(original)
         and original.is_floating_point()
         and original.element_size() > 1
-        and has_writable_memory(original)
+        and _first_read_only([original]) is None
     )
 
 

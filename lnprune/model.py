@@ -50,7 +50,8 @@ def local_structured(
         exclude: as for :func:`rank`.
 
     Raises:
-        As :func:`ln_structured` and :func:`rank`, with the name of the parameter.
+        As :func:`ln_structured` and :func:`rank`, with the name of the parameter. With ``permanent``,
+        RuntimeError for values that lie in other tensors (DTensor) or in memory that cannot be written.
 
     Example:
         >>> import lnprune
@@ -130,6 +131,9 @@ def remove_all(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``, changed in place.
+
+    Raises:
+        RuntimeError: the values of a masked parameter lie in other tensors (DTensor).
 
     Example:
         >>> import lnprune

@@ -18,9 +18,9 @@ __all__ = [
     "build_info",
     "channel_norms",
     "channel_sums",
+    "first_unwritable",
     "has_cuda",
     "is_native",
-    "is_writable",
     "norms_of_sums",
     "prune_channels",
     "prune_channels_",
@@ -78,16 +78,16 @@ def build_info() -> dict[str, str]:
     return dict(_BUILD_INFO)
 
 
-def is_writable(address: int) -> bool:
-    """Whether the process may write to the memory at an address.
+def first_unwritable(addresses: list[int]) -> int:
+    """The place of an address that the process may not write to, or, where there is none, their number.
 
     Example:
         >>> import lnprune
         >>> import torch
-        >>> lnprune.ops.is_writable(torch.zeros(4).data_ptr())
-        True
+        >>> lnprune.ops.first_unwritable([torch.zeros(4).data_ptr()])
+        1
     """
-    return _C.is_writable(address)
+    return _C.first_unwritable(addresses)
 
 
 def has_cuda() -> bool:

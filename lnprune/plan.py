@@ -134,7 +134,7 @@ class Plan:
         return plan_file.document(self.n, self.selection, self.entries, names, pruned)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, to be read by :func:`load_plan`. Weights and norms are not in it."""
+        """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
         plan_file.write(path, self.to_dict())
 
     def apply(self, permanent: bool = False, bias: bool = False, keep_backup: bool = False) -> Plan:
@@ -154,7 +154,9 @@ class Plan:
             the plan itself.
 
         Raises:
-            RuntimeError: the plan is applied already; or a parameter changed its shape since.
+            RuntimeError: the plan is applied already, or has no model; a parameter changed its shape since,
+                or shares its memory with one that is pruned along another dim; or, with ``permanent``, its
+                values lie in other tensors (DTensor) or in memory that cannot be written.
             ValueError: ``bias`` with channels that are not a module's outputs.
 
         Example:
@@ -173,16 +175,16 @@ class Plan:
     def undo(self) -> Plan:
         """Takes back what :meth:`apply` did: masks, hooks and, with ``keep_backup``, values, bit for bit.
 
-        Values of ``name_orig`` that were trained since stay trained. What else changed in the modules
-        since stays as it is.
+        Values that were kept, and those of ``name_orig``, stay as they were trained since. What else
+        changed in the modules since stays as it is; conversions of dtype and device are followed.
 
         Returns:
             the plan itself, which can be applied again.
 
         Raises:
             RuntimeError: the plan is not applied; it was applied with ``permanent`` and without
-                ``keep_backup``; or a parameter was pruned, restored or replaced since. Nothing is changed
-                then.
+                ``keep_backup``; or a parameter was pruned, restored or replaced since, or, where zeros were
+                written, what was zeroed has other values. Nothing is changed then.
         """
         if self._application is None:
             raise RuntimeError("this plan is not applied: there is nothing to undo")

@@ -171,8 +171,9 @@ def channel_norms(tensor: Tensor, n: Order, dim: int) -> Tensor:
         dim: the dim of the channels.
 
     Returns:
-        float64 norms of shape ``(tensor.shape[dim],)``, on the tensor's device, without gradient. A slice
-        with a NaN has the norm NaN, but for ``n = 0``, where NaN counts as not zero.
+        float64 norms of shape ``(tensor.shape[dim],)``, without gradient, on the tensor's device, or on the
+        CPU where that has no float64. A slice with a NaN has the norm NaN, but for ``n = 0``, where NaN
+        counts as not zero.
 
     Raises:
         ValueError: ``tensor`` has fewer than two dims.

@@ -71,7 +71,7 @@ def mixed(device="cpu"):
 
 def large(device="cpu"):
     """The masked weights are written together with the masks."""
-    model = nn.ModuleList([nn.Linear(270, 250, device=device) for _ in range(2)])
+    model = nn.ModuleList([nn.Linear(520, 512, device=device) for _ in range(2)])
     lnprune.ln_structured(model[1], "weight", 0.25, 2, 0)
     return model
 

@@ -1,6 +1,7 @@
 """Plan.apply and Plan.undo: what they install or write, and that the way back leads to the same bits."""
 
 import math
+from contextlib import nullcontext
 
 import cases
 import pytest
@@ -48,7 +49,7 @@ def convolutions(device="cpu"):
 
 
 def large(device="cpu"):
-    return nn.Sequential(nn.Linear(520, 256, device=device), nn.Linear(256, 260, device=device))
+    return nn.Sequential(nn.Linear(520, 512, device=device), nn.Linear(512, 260, device=device))
 
 
 MODELS = {"linears": linears, "convolutions": convolutions, "large": large}
@@ -547,6 +548,48 @@ def test_undo_after_a_conversion_keeps_what_was_trained(device):
     for module, before, zeros in zip(model, twin, gone, strict=True):
         trained = before.weight.double() * 3
         assert torch.equal(module.weight, torch.where(zeros, before.weight.double(), trained))
+
+
+@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("now", [torch.float64, torch.float16], ids=str)
+def test_undo_of_zeros_in_every_dtype_after_a_conversion(device, dtype, now):
+    weight = torch.randn(8, 6, device=device).to(dtype)
+    model = nn.ModuleList([bare(weight.clone(), requires_grad=False)])
+    plan = lnprune.rank(pairs_of(model), 2, 0).select(3).apply(permanent=True, keep_backup=True)
+    model.to(now)
+    with pytest.raises(RuntimeError, match="pruned since") if now is torch.float64 else nullcontext():
+        other = lnprune.rank(pairs_of(model), 2, 1).select(2).apply(permanent=True, keep_backup=True)
+        if now is torch.float64:
+            plan.undo()
+    other.undo()
+    plan.undo()
+    assert torch.equal(model[0].weight, weight.to(now))
+
+
+def test_zeros_that_a_conversion_makes_are_not_pruning(device):
+    """Of values too small for the narrower type."""
+    model, twin = twins(lambda: linears(device))
+    with torch.no_grad():
+        for net in (model, twin):
+            net[0].weight[:, ::2] *= 1e-30
+    plan = select(model).apply(permanent=True, keep_backup=True)
+    model.half()
+    plan.undo()
+    assert_same_state(model, twin.half())
+
+
+def test_new_values_where_torch_multiplied_into_other_memory(device):
+    """Eight-bit values are not multiplied in place; kept ones stay as written since all the same."""
+    weight = torch.randn(8, 6, device=device).to(torch.float8_e5m2)
+    model = nn.ModuleList([bare(weight.clone(), requires_grad=False)])
+    stock.identity(model[0], "weight")
+    plan = lnprune.rank(pairs_of(model), 2, 0).select(3).apply(permanent=True, keep_backup=True)
+    keep = plan.keep["0.weight"].to(device)[:, None]
+    trained = torch.where(keep, weight.float() * 2, 0.0).to(weight.dtype)
+    model[0].weight.data.copy_(trained)
+    plan.undo()
+    expected = torch.where(keep, trained.float(), weight.float())
+    assert torch.equal(model[0].weight_orig.float(), expected)
 
 
 def test_weights_that_were_tied_after_ranking(device, tmp_path):

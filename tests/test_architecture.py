@@ -1,5 +1,6 @@
 """The rules of the source tree that no compiler checks."""
 
+import ast
 import pathlib
 import platform
 import re
@@ -57,6 +58,54 @@ def test_no_unstable_torch_interface(path):
 def test_one_definition_of_the_ranking_order(path):
     defines = re.search(r"RankingKey\s+ranking_key\s*\(double", code_of(path)) is not None
     assert defines == (path.name == "topk.h")
+
+
+PYTHON = {path.stem: path for path in sorted((ROOT / "lnprune").glob("*.py"))}
+
+
+def imported_rooms(name: str) -> set[str]:
+    """The modules of the package that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(PYTHON[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "lnprune":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lnprune."):
+            found.add(node.module.partition(".")[2])
+    return found & set(PYTHON)
+
+
+def reachable(name: str) -> set[str]:
+    found, left = set(), {name}
+    while left:
+        found |= left
+        left = set().union(*(imported_rooms(each) for each in left)) - found
+    return found - {name}
+
+
+@pytest.mark.parametrize("name", [name for name in PYTHON if name != "__init__"])
+def test_modules_import_each_other_in_one_direction(name):
+    assert all(name not in reachable(other) for other in reachable(name))
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_every_module_says_its_purpose(name):
+    assert len(ast.get_docstring(ast.parse(PYTHON[name].read_text())).splitlines()[0]) > 20
+
+
+def test_one_place_ranks_and_one_writes():
+    """They alone ask whether the native code takes a tensor."""
+    ask = {
+        name
+        for name, path in PYTHON.items()
+        if re.search(r"\b(?:is|are)_native\(", path.read_text()) and name != "ops"
+    }
+    assert ask == {"norms", "masks"}
+
+
+@pytest.mark.parametrize("name", ["selection", "plan_file", "report", "reference", "norms"])
+def test_what_needs_no_module_knows_none(name):
+    """Norms, flags, files and tables are of weights wherever they live."""
+    assert not reachable(name) & {"registration", "application", "plan", "prune", "model"}
 
 
 def test_the_build_sets_no_flag_that_changes_results():

@@ -167,9 +167,11 @@ void finish(const void* partials, int64_t chunks, int64_t stride, int64_t channe
       const Partial* row = typed + chunk * stride + first;
       for (int64_t c = 0; c < n; ++c) sum[c] = norm.combine(sum[c], row[c]);
     }
-    for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.total(sum[c]);
-    if (!rooted) continue;
-    for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.root(norms[first + c]);
+    if (rooted) {
+      for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.root(norm.total(sum[c]));
+    } else {
+      for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.total(sum[c]);
+    }
   }
 }
 
