@@ -201,6 +201,17 @@ def test_pruning_is_its_three_steps(p, dtype, device):
     assert_pruned(tensors, masks, [], dims, p, counts, shares)
 
 
+@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
+def test_masks_are_counted_beside_norms_of_every_order(dtype, device):
+    scores = cases.random_values((9, 7), dtype, device)
+    mask = old_mask("ones", scores, dtype)
+    mask[3] = 0
+    for p in cases.NORM_KINDS:
+        for dim, count in ((0, 2), (1, 3)):
+            (keep,) = assert_pruned([scores], [mask], [scores], [dim], float(p), [count], [0.0])
+            assert int((~keep).sum()) == count + (dim == 0)
+
+
 def test_pruning_keeps_a_channel_of_one_soft_mask_element_alive(device):
     scores = torch.tensor([[9.0, 9.0], [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]], device=device)
     mask = torch.tensor([[0.0, -0.0], [0.0, 1e-40], [1.0, 1.0], [math.nan, 0.0]], device=device)
