@@ -136,9 +136,11 @@ def is_native(tensor: Tensor) -> bool:
         and tensor.numel() > 0
     ):
         return False
+    if tensor.is_cpu:
+        return True
     if tensor.is_cuda and not _HAS_CUDA:
         _warn_of_plain_torch()
-    return tensor.is_cpu or (tensor.is_cuda and _HAS_CUDA)
+    return tensor.is_cuda and _HAS_CUDA
 
 
 def are_native(a: Tensor, b: Tensor) -> bool:

@@ -39,7 +39,6 @@ def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None
 
 # What registers in a module looks up the name with hasattr, whose failure costs more than all the rest.
 # Modules with registration of their own, by a method or a global hook, are registered with by its methods.
-_METHODS = frozenset({"register_parameter", "register_buffer"})
 _TORCHS = (
     *(nn.Module.__setattr__, nn.Module.__getattr__, nn.Module.register_parameter),
     nn.Module.register_buffer,
@@ -50,17 +49,20 @@ def _is_free(module: nn.Module, attribute: str) -> bool:
     """Whether a module registers by torch's own methods, with nobody told, and has no such names yet."""
     kind = type(module)
     attributes = module.__dict__
-    new = (attribute + "_orig", attribute + "_mask")
-    return (
-        (kind.__setattr__, kind.__getattr__, kind.register_parameter, kind.register_buffer) == _TORCHS
-        and _METHODS.isdisjoint(attributes)
-        and not torch_module._global_parameter_registration_hooks
-        and not torch_module._global_buffer_registration_hooks
-        and attributes.keys().isdisjoint((attribute, *new))
-        and module._parameters.keys().isdisjoint(new)
-        and module._buffers.keys().isdisjoint(new)
-        and module._modules.keys().isdisjoint(new)
-        and not (hasattr(kind, attribute) or hasattr(kind, new[0]) or hasattr(kind, new[1]))
+    original, mask = attribute + "_orig", attribute + "_mask"
+    for registry in (attributes, module._parameters, module._buffers, module._modules):
+        if original in registry or mask in registry:
+            return False
+    return not (
+        (kind.__setattr__, kind.__getattr__, kind.register_parameter, kind.register_buffer) != _TORCHS
+        or "register_parameter" in attributes
+        or "register_buffer" in attributes
+        or attribute in attributes
+        or torch_module._global_parameter_registration_hooks
+        or torch_module._global_buffer_registration_hooks
+        or hasattr(kind, attribute)
+        or hasattr(kind, original)
+        or hasattr(kind, mask)
     )
 
 
