@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ class Target(NamedTuple):
     scores: Tensor | None = None  # None: the weight is ranked
 
 
-def install(transaction: Transaction, targets: Sequence[Target], n: Any) -> list[Pruning]:
+def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list[Pruning]:
     """Masks and hooks: of every target what ``BasePruningMethod.apply`` leaves."""
     prunings: list[Pruning] = []
     for target in targets:
@@ -88,7 +88,7 @@ def unmask(
 
 
 def prune_in_place(
-    transaction: Transaction, targets: Sequence[Target], n: Any, keep_values: bool = False
+    transaction: Transaction, targets: Iterable[Target], n: Any, keep_values: bool = False
 ) -> None:
     """Zeros in place; what is masked, or cannot be written in place, gets the values of ``remove``."""
     with_masks = []

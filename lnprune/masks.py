@@ -361,12 +361,15 @@ def write_zeros(
     p = None if reference.ranks_like_torch() else native_order(n)
     groups: dict[tuple[int, bool], list[Request]] = {}
     plain: list[Values] = []
+    checked = None  # the amount before; most often all have the same
     for request in requests:
         tensor, scores = request.original, request.scores
         native = ops.is_native(tensor) and _keeps_strides(tensor)
         if request.keep is None:
             try:
-                stock._validate_pruning_amount_init(request.amount)
+                if request.amount is not checked:
+                    stock._validate_pruning_amount_init(request.amount)
+                    checked = request.amount
                 request.count = pruned_count(scores, request.amount, request.dim)
                 together = scores is tensor or ops.are_native(scores, tensor)
                 if not native or p is None or not together:

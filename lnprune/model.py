@@ -64,11 +64,12 @@ def local_structured(
     weights, tensors = collect(parameters, dim, include, exclude)
     scores = scores_of(weights, tensors, importance_scores)
     amounts = per_weight(amount, [weight.name for weight in weights], "amount")
-    targets = []
-    for weight, tensor, score, share in zip(weights, tensors, scores, amounts, strict=True):
-        given = None if score is tensor else score
-        for name, (module, attribute) in zip(weight.names, weight.places, strict=True):
-            targets.append(Target(name, module, attribute, weight.given_dim, share, scores=given))
+    # One at a time: thousands of them at once would keep the garbage collector busy.
+    targets = (
+        Target(name, module, attribute, weight.given_dim, share, None, None if score is tensor else score)
+        for weight, tensor, score, share in zip(weights, tensors, scores, amounts, strict=True)
+        for name, (module, attribute) in zip(weight.names, weight.places, strict=True)
+    )
     with Transaction() as transaction:
         (prune_in_place if permanent else install)(transaction, targets, n)
 
