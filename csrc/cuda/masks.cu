@@ -49,9 +49,9 @@ struct Range {
 
 // The elements of a block. Backwards: what the rank step read last is likely still in the cache.
 template <class T, class Item>
-__device__ __forceinline__ Range tile_of_block(const TileTask<Item>& task) {
+__device__ __forceinline__ Range tile_of_block(const TileTask<Item>& task, int64_t block) {
   constexpr int64_t kTile = kThreads * kVectorsPerThread * kLength<T>;
-  const int64_t begin = (task.tiles - 1 - (blockIdx.x - task.first_block)) * kTile;
+  const int64_t begin = (task.tiles - 1 - block) * kTile;
   return {begin, begin + kTile < task.elements ? begin + kTile : task.elements};
 }
 
@@ -113,9 +113,9 @@ __device__ __forceinline__ void write_vectors(const WriteItem& item, int64_t beg
 }
 
 template <class T, class Index>
-__device__ __forceinline__ void write_tile_of(const WriteTask& task) {
+__device__ __forceinline__ void write_tile_of(const WriteTask& task, int64_t block) {
   constexpr int L = kLength<T>;
-  const auto [begin, end] = tile_of_block<T>(task);
+  const auto [begin, end] = tile_of_block<T>(task, block);
   const int thread = static_cast<int>(threadIdx.x);
   int64_t written = begin;
   if (task.vectors) {
@@ -129,29 +129,31 @@ __device__ __forceinline__ void write_tile_of(const WriteTask& task) {
 template <class T>
 constexpr int kBlocks = sizeof(T) == 1 ? 1 : 2;
 
-template <class T>
+template <class T, class Table>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    write_kernel(const WriteTask* tasks, int count) {
-  LNPRUNE_SHARED(WriteTask, task, 1);
-  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
-  __syncthreads();
-  if (task->elements <= 0xffffffffll) {
-    write_tile_of<T, uint32_t>(*task);
+    write_kernel(LNPRUNE_PARAMETER(Table, table)) {
+  const Place place = place_of_block(table);
+  const WriteTask& task = table.tasks[place.task];
+  if (task.elements <= 0xffffffffll) {
+    write_tile_of<T, uint32_t>(task, place.block);
   } else {
-    write_tile_of<T, uint64_t>(*task);
+    write_tile_of<T, uint64_t>(task, place.block);
   }
 }
 
-using WriteKernel = void (*)(const WriteTask*, int);
-constexpr WriteKernel kWriteKernels[kElementTypes] = {
-    write_kernel<double>,
-    write_kernel<float>,
-    write_kernel<c10::Half>,
-    write_kernel<c10::BFloat16>,
-    write_kernel<c10::Float8_e4m3fn>,
-    write_kernel<c10::Float8_e4m3fnuz>,
-    write_kernel<c10::Float8_e5m2>,
-    write_kernel<c10::Float8_e5m2fnuz>,
+template <class Table>
+using Kernel = void (*)(Parameter<Table>);
+
+template <class Table>
+constexpr Kernel<Table> kWriteKernels[kElementTypes] = {
+    write_kernel<double, Table>,
+    write_kernel<float, Table>,
+    write_kernel<c10::Half, Table>,
+    write_kernel<c10::BFloat16, Table>,
+    write_kernel<c10::Float8_e4m3fn, Table>,
+    write_kernel<c10::Float8_e4m3fnuz, Table>,
+    write_kernel<c10::Float8_e5m2, Table>,
+    write_kernel<c10::Float8_e5m2fnuz, Table>,
 };
 
 // Flags from positions `kStep` elements apart. Such a step is whole rows, which change nothing,
@@ -234,9 +236,9 @@ __device__ __forceinline__ void zero_vectors(const ZeroItem& item, int64_t begin
 }
 
 template <class Word, class Index>
-__device__ __forceinline__ void zero_tile_of(const ZeroTask& task) {
+__device__ __forceinline__ void zero_tile_of(const ZeroTask& task, int64_t block) {
   constexpr int L = kLength<Word>;
-  const auto [begin, end] = tile_of_block<Word>(task);
+  const auto [begin, end] = tile_of_block<Word>(task, block);
   const int thread = static_cast<int>(threadIdx.x);
   int64_t zeroed = begin;
   if (task.vectors) {
@@ -247,40 +249,43 @@ __device__ __forceinline__ void zero_tile_of(const ZeroTask& task) {
 }
 
 // Reads flags alone, and touches no element that stays.
-template <class Word>
-__global__ void __launch_bounds__(kThreads) zero_kernel(const ZeroTask* tasks, int count) {
-  LNPRUNE_SHARED(ZeroTask, task, 1);
-  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
-  __syncthreads();
+template <class Word, class Table>
+__global__ void __launch_bounds__(kThreads) zero_kernel(LNPRUNE_PARAMETER(Table, table)) {
+  const Place place = place_of_block(table);
+  const ZeroTask& task = table.tasks[place.task];
   // A step beyond the last element fits too.
-  if (task->elements <= 0x7fffffffll) {
-    zero_tile_of<Word, uint32_t>(*task);
+  if (task.elements <= 0x7fffffffll) {
+    zero_tile_of<Word, uint32_t>(task, place.block);
   } else {
-    zero_tile_of<Word, uint64_t>(*task);
+    zero_tile_of<Word, uint64_t>(task, place.block);
   }
 }
 
-using ZeroKernel = void (*)(const ZeroTask*, int);
-
-ZeroKernel zero_kernel_of(ElementType type) {
+template <class Table>
+Kernel<Table> zero_kernel_of(ElementType type) {
   switch (element_bytes(type)) {
-    case 8: return zero_kernel<uint64_t>;
-    case 4: return zero_kernel<uint32_t>;
-    case 2: return zero_kernel<uint16_t>;
-    default: return zero_kernel<uint8_t>;
+    case 8: return zero_kernel<uint64_t, Table>;
+    case 4: return zero_kernel<uint32_t, Table>;
+    case 2: return zero_kernel<uint16_t, Table>;
+    default: return zero_kernel<uint8_t, Table>;
   }
 }
 
 }  // namespace
 
-cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
-                         cudaStream_t stream) {
-  return launch(kWriteKernels[static_cast<int>(type)], blocks, kThreads, stream, tasks, count);
+cudaError_t launch_write(const Batch<WriteTask>& batch, cudaStream_t stream) {
+  return batch.with_table([&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    const Kernel<Table> kernel = kWriteKernels<Table>[static_cast<int>(batch.type)];
+    return launch(kernel, batch.blocks, kThreads, stream, table);
+  });
 }
 
-cudaError_t launch_zero(ElementType type, const ZeroTask* tasks, int count, int64_t blocks,
-                        cudaStream_t stream) {
-  return launch(zero_kernel_of(type), blocks, kThreads, stream, tasks, count);
+cudaError_t launch_zero(const Batch<ZeroTask>& batch, cudaStream_t stream) {
+  return batch.with_table([&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    return launch(zero_kernel_of<Table>(batch.type), batch.blocks, kThreads, stream, table);
+  });
 }
 
 int64_t tile_elements(ElementType type) {
