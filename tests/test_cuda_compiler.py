@@ -157,10 +157,10 @@ def kernel_of(symbol: str) -> str:
     few = symbol.replace("Li32764E", "Li4096E")
     many = "many " if few != symbol else ""
     table = r"NS0_5TableI.*?Li4096EEE"
-    rank = re.search(rf"\d+rank_kernelINS_\d+([A-Za-z]+?)E(\w+?){table}EEvT", few)
+    rank = re.search(rf"\d+rank_kernelINS\d?_\d+([A-Za-z]+?)E(\w+?){table}EEvT", few)
     if rank:
         return f"{many}rank {rank[1]} {element(rank[2])}"
-    root = re.search(rf"\d+root_kernelINS_\d+([A-Za-z]+?)E{table}EEvT", few)
+    root = re.search(rf"\d+root_kernelINS\d?_\d+([A-Za-z]+?)E{table}EEvT", few)
     if root:
         return f"{many}root {root[1]}"
     write = re.search(rf"\d+write_kernelI(\w+?){table}EEvT", few)

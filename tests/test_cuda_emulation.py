@@ -22,6 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.predictions import prune_launches, rank_launches
+
 KERNELS = emulated_cuda.ROOT / "csrc" / "cuda"
 OPS = torch.ops.lnprune_emulated
 # How long the calls on broken kernels may take before they count as calls that never end.
@@ -153,16 +155,19 @@ def check_pruning(native: Any) -> None:
 
 def check_writing(native: Any) -> None:
     """Masks and masked weights of several tiles, the last one neither full nor of whole vectors."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         for layout in (cases.contiguous, cases.unaligned):
-            check_write(native, layout(cases.random_values((7, 3001), dtype)))
+            values = layout(cases.random_values((7, 3001), dtype))
+            check_write(native, values)
+            for old in (2, 3):  # ones and zeros; these and twos
+                check_write(native, values, layout(torch.randint(0, old, (7, 3001)).to(dtype)))
 
 
-def check_write(native: Any, values: Tensor) -> None:
+def check_write(native: Any, values: Tensor, old: Tensor | None = None) -> None:
     keep = torch.rand(len(values)) < 0.5
     keep[-1] = True
-    [mask], [weight] = native.write_masks([keep], [values], [], [values], [0])
-    expected_mask, expected_weight = cases.expected_write(keep, values, None, values, 0)
+    [mask], [weight] = native.write_masks([keep], [values], [] if old is None else [old], [values], [0])
+    expected_mask, expected_weight = cases.expected_write(keep, values, old, values, 0)
     cases.assert_same_bits(mask, expected_mask, "mask")
     cases.assert_same_bits(weight, expected_weight, "weight")
 
@@ -486,6 +491,27 @@ BUGS = {
         "written + thread + 1, end, kThreads);",
         check_writing,
     ),
+    "vectors_written_by_their_first_flag": Bug(
+        "fast path of the write step",
+        "masks.cu",
+        "if (pruned[u] == 0 || pruned[u] == kAll) {",
+        "if (true) {",
+        check_writing,
+    ),
+    "masks_of_any_value_taken_for_flags": Bug(
+        "fast path of the write step",
+        "masks.cu",
+        "    if (!known) {\n",
+        "    if (false) {\n",
+        check_writing,
+    ),
+    "products_read_before_a_barrier": Bug(
+        "barrier of the write step",
+        "masks.cu",
+        "    fill_table(products);\n    __syncthreads();\n",
+        "    fill_table(products);\n",
+        check_writing,
+    ),
     "barrier_for_half_a_warp": Bug(
         "divergence",
         "masks.cu",
@@ -573,8 +599,8 @@ BUGS = {
     "task_of_the_block_before": Bug(
         "tables",
         "launches.h",
-        "(table.first_blocks[middle] <= blockIdx.x ? low : high) = middle;",
-        "(table.first_blocks[middle] < blockIdx.x ? low : high) = middle;",
+        "(table.first_blocks[middle] <= block ? low : high) = middle;",
+        "(table.first_blocks[middle] < block ? low : high) = middle;",
         check_zeroing,
         built_into=("masks.cu",),
     ),
@@ -989,10 +1015,6 @@ def test_little_is_moved_whatever_the_dtype(name, dtype, module):
     assert_little_traffic(module, LAYOUTS[name], dtype)
 
 
-# How many tensors a launch of each step takes at least.
-TENSORS_PER_LAUNCH = 100
-
-
 @pytest.mark.parametrize(
     ("length", "dtype"),
     [
@@ -1003,7 +1025,7 @@ TENSORS_PER_LAUNCH = 100
         (300, torch.float8_e5m2),
     ],
 )
-def test_launches_of_a_list(length, dtype, module):
+def test_launches_of_a_list_are_as_predicted(length, dtype, module):
     weights, masks, dims = [], [], []
     for _ in range(length):
         shape = [(12, 20), (300, 5), (6, 4, 3, 3), (3, 90)][int(torch.randint(4, ()))]
@@ -1015,18 +1037,18 @@ def test_launches_of_a_list(length, dtype, module):
     def launches(call: Callable[[], Any]) -> int:
         return traffic(module, call)["launches"]
 
-    most = math.ceil(length / TENSORS_PER_LAUNCH)
-    most_of_two = math.ceil(2 * length / TENSORS_PER_LAUNCH)
-    assert launches(lambda: OPS.channel_norms(weights, dims, 2.0)) <= most
+    channels = [weight.shape[dim] for weight, dim in zip(weights, dims, strict=True)]
+    assert launches(lambda: OPS.channel_norms(weights, dims, 2.0)) == rank_launches(length)
     sums = OPS.channel_sums(weights, dims, 3.0)
-    assert launches(lambda: OPS.channel_sums(weights, dims, 3.0)) <= most
-    assert launches(lambda: OPS.norms_of_sums(sums, 3.0)) <= most
-    assert launches(lambda: OPS.prune_channels(weights, [], weights, dims, 2.0, *amounts)) <= 2 * most
-    assert (
-        launches(lambda: OPS.prune_channels(weights, masks, weights, dims, 2.0, *amounts))
-        <= most + most_of_two
-    )
-    assert launches(lambda: OPS.prune_channels_(weights, weights, dims, 2.0, *amounts)) <= 2 * most
+    assert launches(lambda: OPS.channel_sums(weights, dims, 3.0)) == rank_launches(length)
+    assert launches(lambda: OPS.norms_of_sums(sums, 3.0)) == 1
+    first = launches(lambda: OPS.prune_channels(weights, [], weights, dims, 2.0, *amounts))
+    assert first == prune_launches(channels)
+    again = launches(lambda: OPS.prune_channels(weights, masks, weights, dims, 2.0, *amounts))
+    assert again == prune_launches(channels, repeated=True)
+    in_place = launches(lambda: OPS.prune_channels_(weights, weights, dims, 2.0, *amounts))
+    assert in_place == prune_launches(channels, in_place=True)
+    assert length > 100 or first == in_place == 2
 
 
 def test_one_launch_zeroes_all_tensors_whose_elements_are_of_a_size(module):

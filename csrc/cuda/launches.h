@@ -134,14 +134,14 @@ struct Place {
 
 // Each thread searches for itself: what the lanes of a warp read together is one access.
 template <class Table>
-__device__ __forceinline__ Place place_of_block(const Table& table) {
+__device__ __forceinline__ Place place_of_block(const Table& table, unsigned block) {
   int low = 0;
 #pragma unroll 1
   for (int high = table.count; high - low > 1;) {
     const int middle = (low + high) / 2;
-    (table.first_blocks[middle] <= blockIdx.x ? low : high) = middle;
+    (table.first_blocks[middle] <= block ? low : high) = middle;
   }
-  return {low, static_cast<int64_t>(blockIdx.x) - table.first_blocks[low]};
+  return {low, static_cast<int64_t>(block) - table.first_blocks[low]};
 }
 
 // One launch: tasks of one dtype; in the rank step, of any dtypes of eight bits, and in the zero

@@ -10,6 +10,10 @@
 namespace lnprune::cuda {
 namespace {
 
+// Squares of what is narrower than float64 are exact: multiplied and added in one instruction.
+template <class Real>
+using SumOfSquares = lnprune::SumOfSquares<Real, true>;
+
 // Vectors that a thread loads before it adds.
 constexpr int kVectorLoads = 4;
 
@@ -399,7 +403,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
   LNPRUNE_SHARED(Select::Shared, shared_of_select, 1);
   LNPRUNE_SHARED(float, values, kHasTable<T> ? 256 : 1);
   LNPRUNE_SHARED(int, shared_last, 1);
-  const Place place = place_of_block(table);
+  const Place place = place_of_block(table, blockIdx.x);
   const RankTask& task = table.tasks[place.task];
   if constexpr (kHasTable<T>) {
     values[threadIdx.x] = float8_value(task.type, threadIdx.x);
@@ -423,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
 
 template <template <class> class Norm, class Table>
 __global__ void __launch_bounds__(kThreads) root_kernel(LNPRUNE_PARAMETER(Table, table), double p) {
-  const Place place = place_of_block(table);
+  const Place place = place_of_block(table, blockIdx.x);
   const RootItem& item = table.tasks[place.task].item;
   const int64_t channel = place.block * kThreads + threadIdx.x;
   if (channel >= item.channels) return;

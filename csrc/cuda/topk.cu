@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(LNPRUNE_PARAMETE
   LNPRUNE_SHARED(unsigned, buckets, Block::kBuckets);
   LNPRUNE_SHARED(RankingKey, survivors, Block::kSurvivors);
   LNPRUNE_SHARED(Block::Shared, shared, 1);
-  const Place place = place_of_block(table);
+  const Place place = place_of_block(table, blockIdx.x);
   Block{table.tasks[place.task].item, buckets, survivors, shared}.write_flags_of(place.block);
 }
 
