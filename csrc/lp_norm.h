@@ -194,8 +194,10 @@ struct Sum {
   LNPRUNE_FUNCTION double root(double total) const { return total; }
 };
 
-// p = 2: the root of the sum of squares. The square of a float is exact in a double.
-template <class Real>
+// p = 2: the root of the sum of squares. The square of a float is exact in a double, so that with
+// kFused, for those who have the instruction, multiplication and addition are one with the same
+// bits.
+template <class Real, bool kFused = false>
 struct SumOfSquares {
   using Accumulator = double;
   using Partial = double;
@@ -203,7 +205,9 @@ struct SumOfSquares {
   LNPRUNE_FUNCTION explicit SumOfSquares(double) {}
   LNPRUNE_FUNCTION Accumulator identity() const { return 0; }
   LNPRUNE_FUNCTION Accumulator map(Accumulator a, Real x) const {
-    return a + static_cast<double>(x) * static_cast<double>(x);
+    const double wide = x;
+    if constexpr (kFused && sizeof(Real) == sizeof(float)) return std::fma(wide, wide, a);
+    return a + wide * wide;
   }
   LNPRUNE_FUNCTION Partial partial(Accumulator a) const { return a; }
   LNPRUNE_FUNCTION Partial combine(Partial a, Partial b) const { return a + b; }
