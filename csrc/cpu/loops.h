@@ -21,7 +21,7 @@ constexpr InstructionSet make_table(const char* name) {
             finish<Minimum, T>, finish<HalfIntegerPowerSum, T>, finish<PowerSum, T>}...},
           {root<NonzeroCount>, root<Sum>, root<SquareSum>, root<Maximum>, root<Minimum>,
            root<HalfIntegerPowerSum>, root<PowerSum>},
-          {write_run<T>...},
+          {write_runs<T>...},
           {write_columns<T>...}};
 }
 

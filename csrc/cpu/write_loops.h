@@ -2,9 +2,10 @@
 //
 // Every value is a masked_product, mask * keep and new_mask * original.
 
-// Elements that are written as one block, so that its checks are few.
+// Elements that are written as one block: so many that its checks are few, so few that what it
+// reads and makes stays in the L1 cache.
 template <class T>
-constexpr int64_t kWriteBlock = 8192 / sizeof(T);
+constexpr int64_t kWriteBlock = 4096 / sizeof(T);
 
 // Flag<T>().times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where
 // that is faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
@@ -99,19 +100,6 @@ LNPRUNE_FUNCTION void multiply(const T* __restrict mask, const T* __restrict x, 
   for (int64_t i = 0; i < n; ++i) out[i] = masked_product(mask[i], x[i]);
 }
 
-// One block: keep[i] is 1 or 0 as T. All pointers are to the block's first element.
-template <class T>
-LNPRUNE_FUNCTION void write_block(const T* __restrict keep, const T* mask, const T* original,
-                                  T* __restrict new_mask, T* weight, int64_t n) {
-  if (mask == nullptr) {
-    std::memcpy(new_mask, keep, n * sizeof(T));
-    if (weight != nullptr) multiply_flags(keep, original, weight, n);
-  } else {
-    multiply_flags(keep, mask, new_mask, n);
-    if (weight != nullptr) multiply<T>(new_mask, original, weight, n);
-  }
-}
-
 // out[i] = flag * x[i] for one flag of one or zero.
 template <class T>
 LNPRUNE_FUNCTION void multiply_flag(T flag, const T* __restrict x, T* __restrict out, int64_t n) {
@@ -132,22 +120,72 @@ LNPRUNE_FUNCTION void fill(T flag, T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out_bits[i] = flag_bits;
 }
 
+// Where the elements of one block are made: in place, or, to be stored past the caches, beside it.
 template <class T>
-void write_run(const WritePart& part, int64_t length, bool keep) {
-  const T flag = static_cast<T>(keep ? 1.0f : 0.0f);
+class Block {
+ public:
+  explicit Block(const WritePart& part) : part_(part) {}
+
+  // A block of the part that begins with this element.
+  void begin(int64_t start) {
+    start_ = start;
+    mask = part_.past_caches ? masks_ : static_cast<T*>(part_.new_mask) + start;
+    if (part_.weight == nullptr) return;
+    weight = part_.past_caches ? weights_ : static_cast<T*>(part_.weight) + start;
+  }
+
+  void end(int64_t n) {
+    if (!part_.past_caches) return;
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    copy_past_caches(static_cast<T*>(part_.new_mask) + start_, masks_, bytes);
+    if (weight != nullptr)
+      copy_past_caches(static_cast<T*>(part_.weight) + start_, weights_, bytes);
+  }
+
+  T* mask = nullptr;
+  T* weight = nullptr;
+
+ private:
+  const WritePart& part_;
+  int64_t start_ = 0;
+  alignas(64) T masks_[kWriteBlock<T>];
+  alignas(64) T weights_[kWriteBlock<T>];
+};
+
+template <class T>
+void write_runs(const WritePart& part, int64_t first, int64_t length, int64_t inner,
+                int64_t channels, const bool* keep) {
   const T* mask = static_cast<const T*>(part.mask);
   const T* original = static_cast<const T*>(part.original);
-  T* new_mask = static_cast<T*>(part.new_mask);
-  T* weight = static_cast<T*>(part.weight);
+  Block<T> block(part);
+  int64_t run = first / inner;
+  int64_t left = (run + 1) * inner - first;  // of this run
   for (int64_t start = 0; start < length; start += kWriteBlock<T>) {
-    const int64_t n = length - start < kWriteBlock<T> ? length - start : kWriteBlock<T>;
-    if (mask == nullptr) {
-      fill(flag, new_mask + start, n);
-      if (weight != nullptr) multiply_flag(flag, original + start, weight + start, n);
-    } else {
-      multiply_flag(flag, mask + start, new_mask + start, n);
-      if (weight != nullptr) multiply(new_mask + start, original + start, weight + start, n);
+    const int64_t end = length - start < kWriteBlock<T> ? length : start + kWriteBlock<T>;
+    block.begin(start);
+    for (int64_t i = start; i < end;) {
+      const int64_t n = left < end - i ? left : end - i;
+      const T flag = static_cast<T>(keep[run % channels] ? 1.0f : 0.0f);
+      T* new_mask = block.mask + (i - start);
+      if (mask == nullptr) {
+        fill(flag, new_mask, n);
+        if (part.weight != nullptr) {
+          multiply_flag(flag, original + i, block.weight + (i - start), n);
+        }
+      } else {
+        multiply_flag(flag, mask + i, new_mask, n);
+        if (part.weight != nullptr) {
+          multiply<T>(new_mask, original + i, block.weight + (i - start), n);
+        }
+      }
+      i += n;
+      left -= n;
+      if (left == 0) {
+        ++run;
+        left = inner;
+      }
     }
+    block.end(end - start);
   }
 }
 
@@ -164,16 +202,31 @@ void write_columns(const WritePart& part, int64_t rows, int64_t row_stride, int6
       for (int64_t i = 0; i < inner; ++i, ++j) flags[j] = keep[c] ? one : zero;
     }
   }
+  // Short rows without gaps are taken several at a time.
+  int64_t together = 1;
+  if (row_stride == columns) {
+    while (2 * together * columns <= kWriteBlock<T> && 2 * together <= rows) {
+      std::memcpy(flags + together * columns, flags, together * columns * sizeof(T));
+      together *= 2;
+    }
+  }
   const T* mask = static_cast<const T*>(part.mask);
   const T* original = static_cast<const T*>(part.original);
-  T* new_mask = static_cast<T*>(part.new_mask);
-  T* weight = static_cast<T*>(part.weight);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t start = 0; start < columns; start += kWriteBlock<T>) {
-      const int64_t n = columns - start < kWriteBlock<T> ? columns - start : kWriteBlock<T>;
+  Block<T> block(part);
+  for (int64_t r = 0; r < rows; r += together) {
+    const int64_t length = (rows - r < together ? rows - r : together) * columns;
+    for (int64_t start = 0; start < length; start += kWriteBlock<T>) {
+      const int64_t n = length - start < kWriteBlock<T> ? length - start : kWriteBlock<T>;
       const int64_t at = r * row_stride + start;
-      write_block(flags + start, mask ? mask + at : nullptr, weight ? original + at : nullptr,
-                  new_mask + at, weight ? weight + at : nullptr, n);
+      block.begin(at);
+      if (mask == nullptr) {
+        std::memcpy(block.mask, flags + start, n * sizeof(T));
+        if (part.weight != nullptr) multiply_flags(flags + start, original + at, block.weight, n);
+      } else {
+        multiply_flags(flags + start, mask + at, block.mask, n);
+        if (part.weight != nullptr) multiply<T>(block.mask, original + at, block.weight, n);
+      }
+      block.end(n);
     }
   }
 }
