@@ -116,7 +116,7 @@ void write(const WriteItem* items, size_t count, const Threads& threads);
 void zero(const ZeroItem* items, size_t count, const Threads& threads);
 
 // Into how many tasks one tensor is cut.
-int64_t rank_tasks(const Slices& slices, ElementType type, int64_t threads);
+int64_t rank_tasks(const Slices& slices, int64_t threads);
 int64_t write_tasks(const Slices& slices, int64_t threads);
 int64_t zero_tasks(const Slices& slices, int64_t threads);
 

@@ -24,7 +24,8 @@ constexpr int64_t kRunElementsPerChunk = 65536;
 // thread starts for this many elements, some ten microseconds of work, or more.
 constexpr int64_t kThreadElements = 65536;
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kLineBytes = 64;
+// A strip has at least about this many columns: a cache line of float32.
+constexpr int64_t kFewestColumns = 16;
 
 // How one item is cut into chunks, outer_chunks * run_chunks of them, and these into strips. A task
 // is one strip of one chunk.
@@ -51,7 +52,7 @@ struct Chunks {
 };
 
 // `task_elements` is what a task should have, so that there are enough for all threads.
-Chunks make_chunks(const Slices& slices, ElementType type, int64_t task_elements) {
+Chunks make_chunks(const Slices& slices, int64_t task_elements) {
   Chunks chunks{};
   chunks.run_per_chunk = slices.inner;
   chunks.groups = 1;
@@ -68,11 +69,10 @@ Chunks make_chunks(const Slices& slices, ElementType type, int64_t task_elements
         inner = 1;
       }
     }
-    // Whole cache lines, so that no line is read by two tasks.
-    const int64_t line = divide_up(kLineBytes, inner * element_bytes(type));
+    const int64_t fewest = divide_up(kFewestColumns, inner);
     const int64_t wanted = task_elements * chunks.groups / rows / inner;
     chunks.places_per_strip =
-        std::min(std::max(wanted / line, int64_t{1}) * line, kColumns / inner);
+        std::min(std::max(wanted / fewest, int64_t{1}) * fewest, kColumns / inner);
   } else {
     if (slices.inner > kRunElementsPerChunk) chunks.run_per_chunk = kRunElementsPerChunk;
     chunks.rows_per_chunk = std::max<int64_t>(1, kRunElementsPerChunk / slices.inner);
@@ -183,7 +183,7 @@ void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
   for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
   const int64_t elements_per_task = task_elements(elements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    chunks[i] = make_chunks(items[i].slices, items[i].type, elements_per_task);
+    chunks[i] = make_chunks(items[i].slices, elements_per_task);
     chunks[i].first_task = tasks;
     chunks[i].first_partial = partials;
     tasks += chunks[i].tasks();
@@ -198,8 +198,8 @@ void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
   threads.run(static_cast<int64_t>(count), items_per_thread, finish_items, &job);
 }
 
-int64_t rank_tasks(const Slices& slices, ElementType type, int64_t threads) {
-  return make_chunks(slices, type, task_elements(slices.elements(), threads)).tasks();
+int64_t rank_tasks(const Slices& slices, int64_t threads) {
+  return make_chunks(slices, task_elements(slices.elements(), threads)).tasks();
 }
 
 void root(const RootItem* items, size_t count, NormOrder order, const Threads& threads) {
