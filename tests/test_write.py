@@ -244,9 +244,9 @@ def test_outputs_share_no_memory_with_inputs_or_each_other(with_masks, layout, d
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
 def test_more_than_the_caches_hold(dtype, device):
-    # Together 8 MB and more of masks and weights, which the CPU stores past its caches: in the second
+    # Together 16 MB and more of masks and weights, which the CPU stores past its caches: in the second
     # round to memory that was used before. One is so large that it gets huge pages.
-    large = (1 << 22) // torch.empty((), dtype=dtype).element_size()
+    large = (1 << 23) // torch.empty((), dtype=dtype).element_size()
     paths = [*cases.WRITE_PATHS.values(), ((large // 1000 + 1, 1000), 0), ((large // 999 + 1, 999), 1)]
     scores = [cases.special_values(shape, dtype, device) for shape, _ in paths]
     masks = [old_mask("negative", score, dtype) for score in scores]

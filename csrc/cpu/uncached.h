@@ -22,26 +22,6 @@ inline int64_t bytes_to_line(const void* address, int64_t bytes) {
   return head < bytes ? head : bytes;
 }
 
-// memcpy, whole lines past the caches where the processor has such stores.
-inline void copy_past_caches(void* to, const void* from, int64_t bytes) {
-#if defined(__SSE2__)
-  char* out = static_cast<char*>(to);
-  const char* in = static_cast<const char*>(from);
-  const int64_t head = bytes_to_line(out, bytes);
-  const int64_t lines = (bytes - head) / kCacheLine;
-  std::memcpy(out, in, head);
-  for (int64_t line = 0; line < lines; ++line) {
-    const __m128i* vectors = reinterpret_cast<const __m128i*>(in + head + line * kCacheLine);
-    __m128i* places = reinterpret_cast<__m128i*>(out + head + line * kCacheLine);
-    for (int i = 0; i < 4; ++i) _mm_stream_si128(places + i, _mm_loadu_si128(vectors + i));
-  }
-  const int64_t written = head + lines * kCacheLine;
-  std::memcpy(out + written, in + written, bytes - written);
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
 // memset to zero, whole lines past the caches where the processor has such stores.
 inline void zero_past_caches(void* to, int64_t bytes) {
 #if defined(__SSE2__)
@@ -66,7 +46,7 @@ inline void finish_past_caches() {
 }
 
 // From this many bytes of stores in a call on, what is stored would push itself out of the caches.
-constexpr int64_t kPastCachesBytes = int64_t{8} << 20;
+constexpr int64_t kPastCachesBytes = int64_t{16} << 20;
 
 // Whether stores past the caches pay in a block that a call of so many bytes of stores overwrites:
 // where its pages are there already, or come as huge ones. Small pages that are not there yet are
