@@ -168,24 +168,27 @@ def measure_memory() -> list[Row]:
     return rows
 
 
+def curve_cases() -> list[Case]:
+    """What the plots have besides other cases."""
+    return [case for case in cases(CURVE, [torch.float32], [2]) if case.shape not in TIMED]
+
+
 def norm_cases(quick: bool) -> list[Case]:
     if quick:
-        return list(cases([*TIMED_QUICK, MINILM], [*FEW_DTYPES, *FLOAT8_DTYPES], [2, INF]))
+        few = cases([*TIMED_QUICK, MINILM], [*FEW_DTYPES, *FLOAT8_DTYPES], [2, INF])
+        return [*few, *curve_cases()]
     return [
         *cases(TIMED, [*DTYPES, *FLOAT8_DTYPES], NAMED_ORDERS, least_bytes=cpu_report.ONE_MEGABYTE),
         *cases([TINY, MINILM], FEW_DTYPES, [2, INF]),
-        *(case for case in cases(CURVE, [torch.float32], [2]) if case.shape not in TIMED),
+        *curve_cases(),
         *cases([(1536, 384), (512, 512, 3, 3)], [torch.float32], GENERIC_ORDERS),
     ]
 
 
 def call_cases(quick: bool) -> list[Case]:
     if quick:
-        return list(cases([TINY, MINILM, *TIMED_QUICK], [torch.float32], [2]))
-    return [
-        *cases([TINY, MINILM, *TIMED], FEW_DTYPES, [2]),
-        *(case for case in cases(CURVE, [torch.float32], [2]) if case.shape not in TIMED),
-    ]
+        return [*cases([TINY, MINILM, *TIMED_QUICK], [torch.float32], [2]), *curve_cases()]
+    return [*cases([TINY, MINILM, *TIMED], FEW_DTYPES, [2]), *curve_cases()]
 
 
 def repeated_cases(quick: bool) -> list[Case]:

@@ -364,6 +364,7 @@ def markdown(machine: dict[str, Any], sections: Sections, seconds: float) -> str
         "First calls, n = 2, amount 0.5:",
         "",
         *speed_lines(sections),
+        *program.warning(machine),
     ]
     return "\n".join(lines) + "\n"
 

@@ -198,6 +198,7 @@ def markdown(machine: dict[str, Any], sections: Sections, seconds: float) -> str
         "Torch's time over ours:",
         "",
         *speed_lines(sections),
+        *program.warning(machine),
     ]
     for name, (title, text) in CHAPTERS.items():
         lines += report.section(title, text, sections[name], [])

@@ -40,6 +40,8 @@ BUILD = pathlib.Path("build/benchmarks")
 _WARM_BYTES, _WARM_BLOCKS = 256 << 20, 6
 _LONGEST_WARMING = 10.0
 _PROBE_BYTES = 64 << 20
+# With more of the processor taken by others, threads that wait for each other wait for the scheduler.
+_MOST_OTHERS = 0.05
 
 
 class Options(NamedTuple):
@@ -154,6 +156,17 @@ def conditions(machine: dict[str, Any], sections: Sections) -> str:
     )
 
 
+def warning(machine: dict[str, Any]) -> list[str]:
+    """What is said beside figures that others spoilt; where they did not, nothing."""
+    if machine["others"] <= _MOST_OTHERS:
+        return []
+    share = f"{100 * machine['others']:.0f} %"
+    return [
+        "",
+        f"**Measured while other processes had {share} of the processor: no figure here means much.**",
+    ]
+
+
 def load(path: pathlib.Path, program: Program) -> tuple[dict[str, Any], Sections, float]:
     """The machine, the sections and the seconds of a run, from its JSON."""
     saved = json.loads(path.read_text())
@@ -214,8 +227,10 @@ def main(program: Program) -> int:
     folder = given.out or (BUILD if trial else report.RESULTS)
     written += write(program, folder, machine, sections, seconds)
     if folder == report.RESULTS:
-        report.replace_marked(report.README, program.module, program.speed_lines(sections))
+        lines = [*program.speed_lines(sections), *warning(machine)]
+        report.replace_marked(report.README, program.module, lines)
         written.append(report.README)
     print("\n" + "\n".join(report.verdict_lines(program.verdicts(sections))))
+    print("\n".join(warning(machine)))
     print(f"\n{seconds:.0f} s; wrote {', '.join(map(str, written))}")
     return 1 if report.faults(sections) else 0
