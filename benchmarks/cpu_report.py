@@ -9,7 +9,18 @@ from benchmarks import program, report
 from benchmarks.lists import ALL_OF_RESNET50
 from benchmarks.program import AS_IT_COMES, RECYCLED, Sections
 from benchmarks.report import Row, Verdict
-from benchmarks.shapes import CURVE, GENERIC_ORDERS, INF, MINILM, MLP, NAMED_ORDERS, TINY, shape_name
+from benchmarks.shapes import (
+    CURVE,
+    FLOAT8_DTYPES,
+    GENERIC_ORDERS,
+    INF,
+    MINILM,
+    MLP,
+    NAMED_ORDERS,
+    TINY,
+    dtype_name,
+    shape_name,
+)
 from benchmarks.timing import geometric_mean
 
 if TYPE_CHECKING:
@@ -18,8 +29,13 @@ if TYPE_CHECKING:
 ONE_MEGABYTE = 1 << 20
 # Weights below are in a cache of 32 MB when they are timed, others come from memory.
 CACHED_BYTES = 32 * ONE_MEGABYTE
-WIDE_DTYPES = ("float32", "float64")
 HALF_DTYPES = ("float16", "bfloat16")
+# The most that a norm may take over a plain sum, by dtype.
+NORM_LIMITS = {
+    "float32 and float64": (("float32", "float64"), 1.35),
+    "halves": (HALF_DTYPES, 1.6),
+    "float8": (tuple(map(dtype_name, FLOAT8_DTYPES)), 1.6),
+}
 MEMORY = ("lnprune", "torch")
 # What the README shows.
 CHOSEN = [
@@ -55,15 +71,18 @@ def _large(rows: list[Row]) -> list[Row]:
 def _norms_over_sum(rows: list[Row]) -> Measured:
     if not rows:
         return NOT_MEASURED
-    limits = {"float32 and float64": 1.35, "halves and float8": 1.6}
     text = f"{report.spread(rows, 'over_sum')} over {len(rows)} cases"
     met = _mean(rows, "over_sum") <= 1.1
-    for title, limit in limits.items():
-        some = [row for row in rows if (row["dtype"] in WIDE_DTYPES) == (title == "float32 and float64")]
+    for title, (dtypes, limit) in NORM_LIMITS.items():
+        some = [row for row in rows if row["dtype"] in dtypes]
         over = sum(row["over_sum"] > limit for row in some)
         if some:
-            text += f"; {title}: worst {_extreme(some, 'over_sum', True)}, {over} over {limit:g}"
+            mean, worst = _mean(some, "over_sum"), _extreme(some, "over_sum", True)
+            text += f"; {title}: {mean:.2f}, worst {worst}, {over} over {limit:g}"
         met &= over == 0
+    uncached = [row for row in rows if row["bytes"] >= CACHED_BYTES]
+    if uncached:
+        text += f"; over 32 MiB alone: {report.spread(uncached, 'over_sum')}"
     return text, met
 
 

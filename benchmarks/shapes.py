@@ -58,7 +58,7 @@ TIMED: list[Shape] = [
 TIMED_QUICK: list[Shape] = [(512, 512, 3, 3), (1536, 384)]
 
 # From this many elements on, a norm of torch takes a tenth of a second and more: fewer orders.
-HUGE = 10_000_000
+HUGE = 40_000_000
 
 INF = math.inf
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -346,7 +346,9 @@ def test_norms_are_timed_in_every_dtype_order_and_dim():
     for cached in (True, False):
         some = [case for case in grid if (case.bytes < cpu_report.CACHED_BYTES) == cached]
         found = {(case.dtype, case.n, case.dim) for case in some if case.n in NAMED_ORDERS}
-        assert found == {key for key in wanted if cached or key[1] in (2, math.inf)}
+        # Of narrow types, only the largest weight is too large for a cache; it is timed in two orders.
+        wide = (torch.float32, torch.float64)
+        assert found == {key for key in wanted if cached or key[0] in wide or key[1] in (2, math.inf)}
     assert len(set(cpu.norm_cases(False))) == len(cpu.norm_cases(False))
     assert len(set(cpu.call_cases(False))) == len(cpu.call_cases(False))
 
