@@ -11,14 +11,14 @@ template <class Real>
 using SquareSum = SumOfSquares<Real, (LNPRUNE_X86_64_LEVEL >= 3)>;
 
 // Asks for the elements this far ahead of those that are read: a single stream leaves the memory
-// waiting.
+// waiting. Into the L2 cache: what waits for the L1 cache holds up the loads that are needed now.
 constexpr int64_t kAheadBytes = 4096;
 
 template <class T>
 LNPRUNE_FUNCTION void prefetch_lanes(const T* elements) {
   const char* bytes = reinterpret_cast<const char*>(elements) + kAheadBytes;
   constexpr int64_t kBytes = kLanes * sizeof(T);
-  for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(bytes + line);
+  for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(bytes + line, 0, 2);
 }
 
 // The type that a norm's loop reads. Powers are computed in double: loops of one width vectorise
