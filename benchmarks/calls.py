@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 import lnprune
-from benchmarks.shapes import Case
-
-try:
-    import torch_pruning
-except ImportError:
-    torch_pruning = None
+from benchmarks.shapes import FLOAT8_DTYPES, Case
 
 AMOUNT = 0.5
 
@@ -51,39 +46,26 @@ def floor(weight: Tensor) -> Callable[[Any], Any]:
     return lambda _: (weight.sum(), torch.empty_like(weight).fill_(1), weight.clone())
 
 
+def plain_sum(weight: Tensor) -> Callable[[], Any]:
+    """The sum of all elements; of float8, which torch does not add, that of as many bfloat16."""
+    return (weight.bfloat16() if weight.dtype in FLOAT8_DTYPES else weight).sum
+
+
+def read(weight: Tensor) -> Any:
+    """Reads all bytes, as fast as they come."""
+    if weight.dtype in FLOAT8_DTYPES:
+        return weight.flatten().view(torch.bfloat16).sum()
+    return weight.sum()
+
+
 def read_all(tensors: list[Tensor]) -> None:
     for tensor in tensors:
-        tensor.sum()
+        read(tensor)
 
 
 def torch_norm(weight: Tensor, case: Case) -> Tensor:
     """The call that torch's pruning makes."""
     return torch.norm(weight, p=case.n, dim=case.other_dims)
-
-
-def abs_pow_sum(weight: Tensor, case: Case) -> Tensor:
-    """Torch-Pruning's magnitude importance of one layer, before reduction and normalisation."""
-    rows = weight if case.dim == 0 else weight.transpose(0, 1)
-    return rows.flatten(1).abs().pow(case.n).sum(1)
-
-
-def torch_pruning_importance(weight: Tensor, case: Case) -> Callable[[Any], Tensor] | None:
-    """Torch-Pruning's own MagnitudeImportance on a group that holds one layer, or None."""
-    if torch_pruning is None:
-        return None
-    if len(case.shape) == 2:
-        layer: nn.Module = nn.Linear(case.shape[1], case.shape[0], bias=False, device="meta")
-        example = torch.zeros(1, case.shape[1])
-        pruning = (torch_pruning.prune_linear_out_channels, torch_pruning.prune_linear_in_channels)
-    else:
-        layer = nn.Conv2d(case.shape[1], case.shape[0], case.shape[2:], bias=False, device="meta")
-        example = torch.zeros(1, case.shape[1], *case.shape[2:])
-        pruning = (torch_pruning.prune_conv_out_channels, torch_pruning.prune_conv_in_channels)
-    layer.weight = nn.Parameter(weight)
-    graph = torch_pruning.DependencyGraph().build_dependency(nn.Sequential(layer), example_inputs=example)
-    group = graph.get_pruning_group(layer, pruning[case.dim], idxs=list(range(case.channels)))
-    importance = torch_pruning.importance.MagnitudeImportance(p=case.n, normalizer=None)
-    return lambda _: importance(group)
 
 
 def compiled_pruning(case: Case) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -159,7 +141,13 @@ def pruning_fault(module: nn.Module, norms: Tensor, case: Case, alive: Tensor) -
 
 
 def mask_fault(
-    mask: Tensor, original: Tensor, weight: Tensor, norms: Tensor, case: Case, alive: Tensor
+    mask: Tensor,
+    original: Tensor,
+    weight: Tensor,
+    norms: Tensor,
+    case: Case,
+    alive: Tensor,
+    amount: float = AMOUNT,
 ) -> str | None:
     """What is wrong with a mask and a masked weight."""
     keep = mask.amax(dim=case.other_dims) != 0
@@ -168,7 +156,7 @@ def mask_fault(
     if bool((keep & ~alive).any()):
         return "a pruned channel came back"
     count = int(alive.sum())
-    if int(keep.sum()) != count - round(AMOUNT * count):
+    if int(keep.sum()) != count - round(amount * count):
         return f"{int(keep.sum())} of {count} channels kept"
     pruned = alive & ~keep
     if pruned.any() and keep.any():

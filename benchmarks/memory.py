@@ -6,15 +6,31 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.utils import prune as stock
 
 import lnprune
+from benchmarks.calls import AMOUNT, bare_module
 from benchmarks.shapes import MLP
 
-CALLS = {"lnprune": lnprune.ln_structured, "torch": stock.ln_structured}
+
+def _prune(call: Callable[..., object], module: nn.Module, dim: int) -> None:
+    call(module, "weight", amount=AMOUNT, n=2, dim=dim)
+
+
+def _in_place(module: nn.Module, dim: int) -> None:
+    lnprune.local_structured([(module, "weight")], AMOUNT, 2, dim, permanent=True)
+
+
+CALLS = {
+    "lnprune": partial(_prune, lnprune.ln_structured),
+    "torch": partial(_prune, stock.ln_structured),
+    "in place": _in_place,
+}
 
 
 def read_status(key: str) -> int:
@@ -30,26 +46,20 @@ def reset_peak() -> None:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def _module(*shape: int) -> nn.Module:
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.randn(*shape))
-    return module
-
-
 def _peak(name: str, dim: int) -> float:
     """Bytes beyond what the process held before the call, in units of the weight."""
     call = CALLS[name]
-    call(_module(1024, 1024), "weight", amount=0.5, n=2, dim=dim)  # threads and imports are in place
-    module = _module(*MLP)
+    call(bare_module(torch.randn(1024, 1024)), dim)  # threads and imports are in place
+    module = bare_module(torch.randn(MLP))
     weight_bytes = module.weight.numel() * module.weight.element_size()
     reset_peak()
     before = read_status("VmRSS")
-    call(module, "weight", amount=0.5, n=2, dim=dim)
+    call(module, dim)
     return (read_status("VmHWM") - before) / weight_bytes
 
 
 def measure(name: str, dim: int) -> float:
-    """The peak of one call of ``name`` in a fresh process, in units of the weight."""
+    """The peak of one call of ``name`` on a matrix of 180 MB in a fresh process, in units of the weight."""
     command = [sys.executable, "-m", "benchmarks.memory", name, str(dim)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout))

@@ -18,7 +18,7 @@ import torch
 
 import lnprune
 from benchmarks.shapes import Case, dtype_name, shape_name
-from benchmarks.timing import geometric_mean
+from benchmarks.timing import Timing, geometric_mean
 from lnprune.atomic_file import replacing
 
 Row = dict[str, Any]
@@ -120,7 +120,29 @@ def case_row(case: Case, fault: str | None) -> Row:
 
 
 def case_name(row: Row) -> str:
+    if "shape" not in row:
+        return row["call"]
     return f"{row['shape']} {row['dtype']} dim {row['dim']} n {row['n']}"
+
+
+QUARTILES = "_quartiles"
+
+
+def timed_columns(timing: Timing, **ratios: tuple[str, str]) -> Row:
+    """The seconds of each peer, whether they settled, and ratios of two peers with their quartiles."""
+    row: Row = {name: timing.seconds(name) for name in timing.rounds}
+    row["settled"] = timing.settled
+    for key, (name, other) in ratios.items():
+        row[key] = timing.ratio(name, other)
+        row[key + QUARTILES] = list(timing.quartiles(name, other))
+    return row
+
+
+def spread(rows: list[Row], key: str) -> str:
+    """The geometric mean of a ratio over cases, and in brackets those of its quartiles."""
+    mean = geometric_mean(row[key] for row in rows)
+    lower, upper = (geometric_mean(row[key + QUARTILES][i] for row in rows) for i in (0, 1))
+    return f"{mean:.2f} ({lower:.2f} to {upper:.2f})"
 
 
 def faults(sections: dict[str, list[Row]]) -> list[Row]:
@@ -146,8 +168,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "sum": _time,
     "floor": _time,
     "compiled": _time,
-    "torch_pruning": _time,
-    "abs_pow_sum": _time,
+    "peer": _time,
     "copy": _time,
     "predicted": _time,
     "wall": _time,
@@ -159,7 +180,9 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "over_sum": lambda value: f"{value:.2f}",
     "over_floor": lambda value: f"{value:.2f}",
     "over_torch": lambda value: f"{value:.2f}",
+    "torch_over_sum": lambda value: f"{value:.2f}",
     "over_predicted": lambda value: f"{value:.2f}",
+    "over_peer": lambda value: f"{value:.2f} x",
     "compiled_speedup": lambda value: f"{value:.2f} x",
     "rank": _time,
     "select": _time,
@@ -170,6 +193,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "torch_peak": lambda value: f"{value:.3f}",
     "beyond_outputs": lambda value: f"{value:,} B",
     "correct": lambda value: "yes" if value else "NO",
+    "settled": lambda value: "yes" if value else "NO",
 }
 TITLES = {
     "lnprune": "lnprune",
@@ -177,8 +201,8 @@ TITLES = {
     "sum": "torch.sum",
     "floor": "floor",
     "compiled": "torch.compile",
-    "torch_pruning": "Torch-Pruning",
-    "abs_pow_sum": "its expression",
+    "peer": "peer",
+    "over_peer": "against the peer",
     "copy": "copy",
     "predicted": "predicted",
     "wall": "wall",
@@ -190,6 +214,7 @@ TITLES = {
     "over_sum": "time / sum",
     "over_floor": "time / floor",
     "over_torch": "time / torch",
+    "torch_over_sum": "torch / sum",
     "over_predicted": "time / predicted",
     "compiled_speedup": "against torch.compile",
     "error": "relative error",
@@ -200,28 +225,37 @@ TITLES = {
     "over_rank": "selection / rank",
     "bytes_per_channel": "bytes per channel",
 }
-HIDDEN = {"bytes", "fault"}
+HIDDEN = {"bytes", "fault", "settled", "state"}
 
 
 def show(row: Row) -> None:
     """Prints a case's figures as soon as they are known."""
-    keys = [key for key in row if key in FORMATS and key != "correct"]
-    figures = "  ".join(f"{TITLES[key]} {FORMATS[key](row[key])}" for key in keys)
-    name = f"{row['shape']:>18} {row['dtype']:>8} dim {row['dim']} n {row['n']:>4}"
-    print(f"{name}  {figures}{'  WRONG: ' + row['fault'] if row.get('fault') else ''}", flush=True)
+    keys = [key for key in row if key in FORMATS and key not in ("correct", "settled")]
+    figures = "  ".join(f"{TITLES.get(key, key)} {cell(key, row)}" for key in keys)
+    names = [f"{row['shape']:>18}", f"{row['dtype']:>8}"] if "dtype" in row else []
+    names += [str(row[key]) for key in ("call", "selection", "channels", "normalize") if key in row]
+    names += [f"{key} {row[key]:>{width}}" for key, width in (("dim", 1), ("n", 4)) if key in row]
+    print(
+        f"{' '.join(names)}  {figures}{'  WRONG: ' + row['fault'] if row.get('fault') else ''}", flush=True
+    )
 
 
 def cell(key: str, row: Row) -> str:
-    """A figure as text, empty where the row has none."""
+    """A figure as text, with its quartiles where it has some; empty where the row has none."""
     value = row.get(key)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return FORMATS.get(key, str)(value)
+    text = FORMATS.get(key, str)(value)
+    if key + QUARTILES in row:
+        lower, upper = (FORMATS.get(key, str)(quartile) for quartile in row[key + QUARTILES])
+        text += f" ({lower.removesuffix(' x')} to {upper.removesuffix(' x')})"
+    return text
 
 
 def table(rows: list[Row]) -> list[str]:
     """A Markdown table of the rows, one column per key that any of them has."""
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = [key for key in keys if key not in HIDDEN and not key.endswith(QUARTILES)]
     numeric = {key for key in keys if isinstance(next(row[key] for row in rows if key in row), int | float)}
     lines = ["| " + " | ".join(TITLES.get(key, key) for key in keys) + " |"]
     lines.append("|" + "|".join(" ---: " if key in numeric else " --- " for key in keys) + "|")
@@ -269,16 +303,25 @@ def save_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _json_row(row: Row) -> Row:
-    # JSON has no infinity and no NaN: they travel as text.
-    return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+def json_rows(rows: list[Row]) -> list[Row]:
+    """Rows for JSON, which has no infinity and no NaN: they travel as text."""
+    return [
+        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        for row in rows
+    ]
+
+
+def rows_of_json(rows: list[Row]) -> list[Row]:
+    """Rows as they were before :func:`json_rows`."""
+    numbers = ("inf", "-inf", "nan")
+    return [{key: float(v) if v in numbers else v for key, v in row.items()} for row in rows]
 
 
 def save_json(
     path: pathlib.Path, head: dict[str, Any], found: list[Verdict], sections: dict[str, list[Row]]
 ) -> None:
     """Writes all that was measured."""
-    rows = {part: [_json_row(row) for row in content] for part, content in sections.items()}
+    rows = {part: json_rows(content) for part, content in sections.items()}
     document = {**head, "targets": [verdict._asdict() for verdict in found], **rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
-import resource
+import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +12,9 @@ import torch
 import lnprune
 from benchmarks import calls
 from benchmarks.shapes import Case, dtype_name, shape_name
+from benchmarks.timing import Peer, interleaved
 from lnprune import ops
 
-ROUNDS = 100
 CASES = [
     Case(shape, dtype, dim, 2)
     for shape, dtype in [
@@ -54,38 +52,32 @@ def steps(case: Case) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(case: Case, cold: bool) -> dict[str, tuple[float, float]]:
-    """Median microseconds and page faults of each step, in another order each round."""
+def measure(case: Case, cold: bool, budget: float) -> dict[str, tuple[float, float]]:
+    """Median microseconds and page faults of each step."""
     other = torch.ones(OTHER_WORK_BYTES // 4)
     functions = steps(case)
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in functions}
-    names = list(functions)
-    order = random.Random(0)
-    for _ in range(ROUNDS):
-        order.shuffle(names)
-        for name in names:
-            if cold:
-                other.sum()
-            functions["sum"]()
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            start = time.perf_counter_ns()
-            result = functions[name]()
-            nanoseconds = time.perf_counter_ns() - start
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-            del result
-            found[name].append((nanoseconds / 1000, faults))
+
+    def warm() -> None:
+        if cold:
+            other.sum()
+        functions["sum"]()
+
+    peers = {name: Peer(lambda _, step=step: step()) for name, step in functions.items()}
+    timing = interleaved(peers, budget, warm, one_by_one=True)
     return {
-        name: (statistics.median(t for t, _ in values), statistics.median(f for _, f in values))
-        for name, values in found.items()
+        name: (1e6 * timing.seconds(name), statistics.median(timing.faults[name])) for name in functions
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds for each line (%(default)g)")
+    budget = parser.parse_args().budget
     print("Median microseconds (page faults, where there are any); n = 2, half of the channels.\n")
     header: list[str] = []
     for case in CASES:
         for cold in (False, True):
-            found = measure(case, cold)
+            found = measure(case, cold, budget)
             if not header:
                 header = ["shape", "dtype", "dim", "caches", *found]
                 print("| " + " | ".join(header) + " |\n" + "| --- " * len(header) + "|")

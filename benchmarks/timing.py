@@ -6,10 +6,12 @@ import contextlib
 import gc
 import math
 import random
+import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -23,17 +25,26 @@ class Peer:
 
 @dataclass
 class Timing:
-    """Seconds per call, one entry per round and peer."""
+    """Seconds per call, one entry per round and peer; page faults likewise, where they were counted."""
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
+    faults: dict[str, list[float]] = field(default_factory=dict)
+    settled: bool = True
 
     def seconds(self, name: str) -> float:
         return statistics.median(self.rounds[name])
 
+    def ratios(self, name: str, other: str) -> list[float]:
+        """Time of ``name`` over time of ``other`` within each round."""
+        return [a / b for a, b in zip(self.rounds[name], self.rounds[other], strict=True)]
+
     def ratio(self, name: str, other: str) -> float:
-        """Time of ``name`` over time of ``other``: the median of the ratios within each round."""
-        pairs = zip(self.rounds[name], self.rounds[other], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return statistics.median(self.ratios(name, other))
+
+    def quartiles(self, name: str, other: str) -> tuple[float, float]:
+        """The lower and the upper quartile of the ratios."""
+        lower, _, upper = statistics.quantiles(self.ratios(name, other), n=4, method="inclusive")
+        return lower, upper
 
 
 # A batch is long enough that reading the clock does not count.
@@ -70,6 +81,34 @@ def batch_size(peer: Peer, wait: Callable[[], Any] = _nothing) -> int:
     return max(1, min(_LONGEST_BATCH, round(_BATCH_SECONDS / seconds)))
 
 
+# The rule by which times have settled: in so many rounds in a row none falls below its lowest so far by
+# more than this share.
+STEADY_ROUNDS = 2
+STEADY_SHARE = 0.05
+# Rounds that settle take at most so many times as long as those that count.
+_SETTLING_BUDGETS = 10
+
+
+def settle(measured: Mapping[str, Callable[[], float]], longest: float) -> bool:
+    """Measures all in turn until their times settle, for at most about ``longest`` seconds.
+
+    Returns whether they did.
+    """
+    lowest = dict.fromkeys(measured, math.inf)
+    steady = 0
+    end = time.perf_counter() + longest
+    while steady < STEADY_ROUNDS:
+        if time.perf_counter() > end:
+            return False
+        fell = False
+        for name, measure in measured.items():
+            seconds = measure()
+            fell |= seconds < (1 - STEADY_SHARE) * lowest[name]
+            lowest[name] = min(lowest[name], seconds)
+        steady = 0 if fell else steady + 1
+    return True
+
+
 def turns(names: Iterable[str], budget: float) -> Iterator[str]:
     """The names in rounds, each in another order, until ``budget`` seconds are spent; three at least."""
     names = list(names)
@@ -93,18 +132,34 @@ def without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def interleaved(peers: dict[str, Peer], budget: float, warm: Callable[[], Any]) -> Timing:
-    """Times the peers in turn until ``budget`` seconds are spent, for at least three rounds.
+def page_faults() -> int:
+    """Faults of this process so far that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def interleaved(
+    peers: dict[str, Peer], budget: float, warm: Callable[[], Any], one_by_one: bool = False
+) -> Timing:
+    """Times the peers in turn, once settled, until ``budget`` seconds are spent, for three rounds at least.
 
     ``warm`` runs before each, untimed: it reads what they all read, so that what the peer before left in
-    the caches matters to none.
+    the caches matters to none. ``one_by_one``: also before each call of a short one, instead of before
+    a batch of calls.
     """
     with without_garbage_collection():
-        sizes = {name: batch_size(peer) for name, peer in peers.items()}
-        timing = Timing({name: [] for name in peers})
+        sizes = {name: 1 if one_by_one else batch_size(peer) for name, peer in peers.items()}
+
+        def run(name: str) -> float:
+            warm()
+            return batch(peers[name], sizes[name])
+
+        settled = settle({name: partial(run, name) for name in peers}, _SETTLING_BUDGETS * budget)
+        timing = Timing({name: [] for name in peers}, {name: [] for name in peers}, settled)
         for name in turns(peers, budget):
             warm()
+            faults = page_faults()
             timing.rounds[name].append(batch(peers[name], sizes[name]))
+            timing.faults[name].append((page_faults() - faults) / sizes[name])
         return timing
 
 

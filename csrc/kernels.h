@@ -49,8 +49,8 @@ struct RootItem {
   double* norms;
 };
 
-// One ranking to cut: which channels stay. `mask_counts`, where not null, holds the number of
-// nonzero mask elements of each channel; channels with none take no part and are not kept.
+// One ranking to cut: which channels stay. `mask_counts`, where not null, holds zero for each
+// channel without a nonzero mask element; they take no part and are not kept.
 struct SelectItem {
   const double* norms;
   const double* mask_counts;
@@ -88,7 +88,7 @@ struct Steps {
   std::vector<RankItem> scores;
   NormOrder order{NormKind::count, 0};  // of the scores and the sums
   bool rooted = true;                   // scores become norms, not the sums before the root
-  std::vector<RankItem> masks;          // ranked by order 0: how many elements are not zero
+  std::vector<RankItem> masks;          // to find, as by order 0, the channels that are not zero
   std::vector<RootItem> sums;
   std::vector<SelectItem> selections;
   std::vector<WriteItem> writes;
@@ -97,16 +97,28 @@ struct Steps {
 
 namespace cpu {
 
-// Runs body(context, begin, end) on disjoint ranges that cover [0, count), at least `grain` long.
 using Body = void (*)(void* context, int64_t begin, int64_t end);
-using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
+
+// The threads of a call. run() calls body(context, begin, end) on disjoint ranges that cover
+// [0, tasks), at least `grain` long.
+struct Threads {
+  int64_t count;
+  void (*run)(int64_t tasks, int64_t grain, Body body, void* context);
+};
 
 void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
-          ParallelFor parallel_for);
-void root(const RootItem* items, size_t count, NormOrder order, ParallelFor parallel_for);
-void select(const SelectItem* items, size_t count, ParallelFor parallel_for);
-void write(const WriteItem* items, size_t count, ParallelFor parallel_for);
-void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for);
+          const Threads& threads);
+// For each channel of each mask 1 where any element is not zero, else 0, in place of a norm.
+void find_alive(const RankItem* items, size_t count, const Threads& threads);
+void root(const RootItem* items, size_t count, NormOrder order, const Threads& threads);
+void select(const SelectItem* items, size_t count, const Threads& threads);
+void write(const WriteItem* items, size_t count, const Threads& threads);
+void zero(const ZeroItem* items, size_t count, const Threads& threads);
+
+// Into how many tasks one tensor is cut.
+int64_t rank_tasks(const Slices& slices, int64_t threads);
+int64_t write_tasks(const Slices& slices, int64_t threads);
+int64_t zero_tasks(const Slices& slices, int64_t threads);
 
 // Asks the system to back a large block with huge pages. Worth it before the first write, when one
 // fault per huge page replaces hundreds.

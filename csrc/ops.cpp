@@ -9,12 +9,12 @@
 namespace lnprune {
 namespace {
 
-void parallel_for(int64_t count, int64_t grain, cpu::Body body, void* context) {
-  if (count <= grain) {
-    if (count > 0) body(context, 0, count);
+void run_tasks(int64_t tasks, int64_t grain, cpu::Body body, void* context) {
+  if (tasks <= grain) {
+    if (tasks > 0) body(context, 0, tasks);
     return;
   }
-  torch::stable::parallel_for(0, count, grain,
+  torch::stable::parallel_for(0, tasks, grain,
                               [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
@@ -22,14 +22,13 @@ struct CpuBackend {
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
   static void run(int32_t, const Steps& steps) {
-    cpu::rank(steps.scores.data(), steps.scores.size(), steps.order, steps.rooted, parallel_for);
-    if (!steps.masks.empty()) {
-      cpu::rank(steps.masks.data(), steps.masks.size(), norm_order(0), true, parallel_for);
-    }
-    cpu::root(steps.sums.data(), steps.sums.size(), steps.order, parallel_for);
-    cpu::select(steps.selections.data(), steps.selections.size(), parallel_for);
-    cpu::write(steps.writes.data(), steps.writes.size(), parallel_for);
-    cpu::zero(steps.zeros.data(), steps.zeros.size(), parallel_for);
+    const cpu::Threads threads{torch::stable::get_num_threads(), run_tasks};
+    cpu::rank(steps.scores.data(), steps.scores.size(), steps.order, steps.rooted, threads);
+    cpu::find_alive(steps.masks.data(), steps.masks.size(), threads);
+    cpu::root(steps.sums.data(), steps.sums.size(), steps.order, threads);
+    cpu::select(steps.selections.data(), steps.selections.size(), threads);
+    cpu::write(steps.writes.data(), steps.writes.size(), threads);
+    cpu::zero(steps.zeros.data(), steps.zeros.size(), threads);
   }
 
   class Scratch {
@@ -56,6 +55,16 @@ pybind11::dict build_info() {
   return info;
 }
 
+// How many tasks each step makes of a tensor, by its name.
+pybind11::dict task_counts(int64_t outer, int64_t channels, int64_t inner, int64_t threads) {
+  const Slices slices{outer, channels, inner};
+  pybind11::dict counts;
+  counts["rank"] = cpu::rank_tasks(slices, threads);
+  counts["write"] = cpu::write_tasks(slices, threads);
+  counts["zero"] = cpu::zero_tasks(slices, threads);
+  return counts;
+}
+
 size_t first_unwritable(const pybind11::list& addresses) {
   std::vector<void*> blocks;
   for (const auto& address : addresses) {
@@ -75,5 +84,6 @@ STABLE_TORCH_LIBRARY_IMPL(lnprune, CPU, library) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &lnprune::build_info);
+  m.def("task_counts", &lnprune::task_counts);
   m.def("first_unwritable", &lnprune::first_unwritable);
 }

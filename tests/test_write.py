@@ -239,3 +239,41 @@ def test_outputs_share_no_memory_with_inputs_or_each_other(with_masks, layout, d
         assert len(storages) == len(tensors)
     for tensor, expected in zip(inputs, before, strict=True):
         cases.assert_same_bits(tensor, expected)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
+def test_more_than_the_caches_hold(dtype, device):
+    # Together 16 MB and more of masks and weights, which the CPU stores past its caches: in the second
+    # round to memory that was used before. One is so large that it gets huge pages.
+    large = (1 << 23) // torch.empty((), dtype=dtype).element_size()
+    paths = [*cases.WRITE_PATHS.values(), ((large // 1000 + 1, 1000), 0), ((large // 999 + 1, 999), 1)]
+    scores = [cases.special_values(shape, dtype, device) for shape, _ in paths]
+    masks = [old_mask("negative", score, dtype) for score in scores]
+    dims = [dim for _, dim in paths]
+    keep = [cases.random_keep(shape[dim], device) for shape, dim in paths]
+    expected = [cases.expected_write(*one) for one in zip(keep, scores, masks, scores, dims, strict=True)]
+    for _ in range(2):
+        written = ops.write_masks(keep, scores, masks, scores, dims)
+        for mask, weight, (expected_mask, expected_weight) in zip(*written, expected, strict=True):
+            cases.assert_same_bits(mask, expected_mask)
+            cases.assert_same_bits(weight, expected_weight)
+        del written, mask, weight
+
+
+@pytest.mark.parametrize("dtype", cases.NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(130, 70), (40, 1100), (700, 90), (9, 40, 3, 3), (30, 8200)], ids=str)
+def test_one_element_keeps_a_channel_alive(shape, dim, dtype, device):
+    # Anywhere in it, NaN too; zeros of either sign do not.
+    mask = torch.zeros(shape)
+    mask[torch.rand(shape) < 0.5] = -0.0
+    alive = cases.random_keep(shape[dim], "cpu")
+    for channel in alive.nonzero().flatten().tolist():
+        elements = mask.select(dim, channel)
+        place = torch.unravel_index(torch.randint(elements.numel(), ()), elements.shape)
+        elements[place] = [1.0, -0.5, math.nan][channel % 3]
+    mask = mask.to(dtype).to(device)
+    scores = cases.special_values(shape, dtype, device)
+    assert torch.equal(ops.channel_norms([mask], [dim], 0.0)[0].cpu() != 0, alive)
+    assert_pruned([scores], [mask], [scores], [dim], 2.0, [-1], [0.5])

@@ -3,6 +3,7 @@
 
 #include "../kernels.h"
 #include "../masked_product.h"
+#include "uncached.h"
 
 namespace lnprune::cpu {
 
@@ -17,12 +18,22 @@ struct Chunk {
   int64_t run;
 };
 
+// The partials of one tensor: channels * run side by side, for each group of each chunk.
+struct Partials {
+  const void* values;
+  int64_t chunks;
+  int64_t groups;
+  int64_t channels;
+  int64_t run;
+};
+
 // A part of a mask to write. Pointers are to the part's first element; null as in WriteItem.
 struct WritePart {
   const void* mask;
   const void* original;
   void* new_mask;
   void* weight;
+  bool past_caches;
 };
 
 // Channels whose run is shorter than this are reduced as columns of the flat matrix; longer ones
@@ -35,14 +46,16 @@ struct InstructionSet {
   const char* name;
   // One partial of 8 bytes per channel of the chunk.
   void (*reduce[kElementTypes][kNormKinds])(const Chunk& chunk, double p, void* partials);
-  // norms[c], or the sum before the root, from partials[chunk][c], folded in the order of the
-  // chunks.
-  void (*finish[kElementTypes][kNormKinds])(const void* partials, int64_t chunks, int64_t stride,
-                                            int64_t channels, double p, bool rooted, double* norms);
+  // norms[c], or the sum before the root: the partials of a chunk folded in their order, then the
+  // chunks in theirs.
+  void (*finish[kElementTypes][kNormKinds])(const Partials& partials, double p, bool rooted,
+                                            double* norms);
   // norms[c] from the sums before the root.
   void (*root[kNormKinds])(const double* sums, int64_t channels, double p, double* norms);
-  // `length` elements of channels that share one keep flag.
-  void (*write_run[kElementTypes])(const WritePart& part, int64_t length, bool keep);
+  // `length` elements from element `first` of the tensor on; element e belongs to keep[e / inner %
+  // channels].
+  void (*write_runs[kElementTypes])(const WritePart& part, int64_t first, int64_t length,
+                                    int64_t inner, int64_t channels, const bool* keep);
   // Rows of `columns` elements at a distance of `row_stride`; column j belongs to keep[j / inner].
   void (*write_columns[kElementTypes])(const WritePart& part, int64_t rows, int64_t row_stride,
                                        int64_t columns, int64_t inner, const bool* keep);

@@ -15,13 +15,13 @@ namespace {
 template <class... T>
 constexpr InstructionSet make_table(const char* name) {
   return {name,
-          {{reduce<NonzeroCount, T>, reduce<Sum, T>, reduce<SumOfSquares, T>, reduce<Maximum, T>,
+          {{reduce<NonzeroCount, T>, reduce<Sum, T>, reduce<SquareSum, T>, reduce<Maximum, T>,
             reduce<Minimum, T>, reduce<HalfIntegerPowerSum, T>, reduce<PowerSum, T>}...},
-          {{finish<NonzeroCount, T>, finish<Sum, T>, finish<SumOfSquares, T>, finish<Maximum, T>,
+          {{finish<NonzeroCount, T>, finish<Sum, T>, finish<SquareSum, T>, finish<Maximum, T>,
             finish<Minimum, T>, finish<HalfIntegerPowerSum, T>, finish<PowerSum, T>}...},
-          {root<NonzeroCount>, root<Sum>, root<SumOfSquares>, root<Maximum>, root<Minimum>,
+          {root<NonzeroCount>, root<Sum>, root<SquareSum>, root<Maximum>, root<Minimum>,
            root<HalfIntegerPowerSum>, root<PowerSum>},
-          {write_run<T>...},
+          {write_runs<T>...},
           {write_columns<T>...}};
 }
 

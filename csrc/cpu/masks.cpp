@@ -6,10 +6,6 @@
 
 #include "instruction_sets.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace lnprune::cpu {
 namespace {
 
@@ -17,6 +13,15 @@ namespace {
 // columns takes more rows at once, since it works out the pattern of a row first.
 constexpr int64_t kTileElements = 32768;
 constexpr int64_t kZeroTileElements = 131072;
+// A thread starts for this many elements, some ten microseconds of work, or more.
+constexpr int64_t kThreadElements = 32768;
+constexpr int64_t kTasksPerThread = 4;
+
+// Of a tile, so that there are enough for all threads.
+int64_t tile_elements(int64_t elements, int64_t most, int64_t threads) {
+  return std::clamp(elements / (kTasksPerThread * threads), kThreadElements / kTasksPerThread,
+                    most);
+}
 
 // How one item is cut into tiles, ranges of rows and of columns. A task is one tile. Where channels
 // are runs, the tensor counts as one row.
@@ -28,7 +33,6 @@ struct Tiles {
   int64_t columns_per_tile;
   int64_t strips;  // tiles side by side
   int64_t count;
-  int64_t first_task;
 };
 
 Tiles make_tiles(const Slices& slices, int64_t elements_per_tile) {
@@ -42,7 +46,7 @@ Tiles make_tiles(const Slices& slices, int64_t elements_per_tile) {
   } else {
     tiles.rows = slices.outer;
     tiles.columns = slices.row();
-    tiles.columns_per_tile = kColumns / slices.inner * slices.inner;
+    tiles.columns_per_tile = std::min(kColumns, elements_per_tile) / slices.inner * slices.inner;
     tiles.rows_per_tile =
         std::max<int64_t>(1, elements_per_tile / std::min(tiles.columns, tiles.columns_per_tile));
   }
@@ -60,57 +64,57 @@ struct ColumnPart {
   const bool* keep;
 };
 
-// Shares the tasks of all items among threads: on_columns(item, ColumnPart) where channels are
-// columns, on_run(item, element, length, kept) for each piece of a run, and at_end() when a thread
-// has done its share.
-template <class Item, class OnColumns, class OnRun, class AtEnd>
-void visit(const Item* items, size_t count, int64_t elements_per_tile, ParallelFor parallel_for,
-           OnColumns on_columns, OnRun on_run, AtEnd at_end) {
-  std::vector<Tiles> tiles(count);
+// Shares the tasks of all items among threads: on_columns(item, ColumnPart, past_caches) where
+// channels are columns, on_runs(item, element, length, past_caches) for elements side by side.
+template <class Item, class PastCaches, class OnColumns, class OnRuns>
+void visit(const Item* items, size_t count, int64_t most_tile_elements, const Threads& threads,
+           PastCaches past_caches, OnColumns on_columns, OnRuns on_runs) {
+  struct Cut {
+    Tiles tiles;
+    int64_t first_task;
+    bool past_caches;
+  };
+  std::vector<Cut> cuts(count);
   int64_t tasks = 0;
   int64_t elements = 0;
+  for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
+  const int64_t elements_per_tile = tile_elements(elements, most_tile_elements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    tiles[i] = make_tiles(items[i].slices, elements_per_tile);
-    tiles[i].first_task = tasks;
-    tasks += tiles[i].count;
-    elements += items[i].slices.elements();
+    cuts[i] = {make_tiles(items[i].slices, elements_per_tile), tasks, past_caches(items[i])};
+    tasks += cuts[i].tiles.count;
   }
   const auto run_tasks = [&](int64_t begin, int64_t end) {
     size_t i = 0;
     for (int64_t task = begin; task < end; ++task) {
-      while (task >= tiles[i].first_task + tiles[i].count) ++i;
+      while (task >= cuts[i].first_task + cuts[i].tiles.count) ++i;
       const Item& item = items[i];
-      const Tiles& cut = tiles[i];
-      const int64_t inner = item.slices.inner;
-      const int64_t local = task - cut.first_task;
-      const int64_t row = local / cut.strips * cut.rows_per_tile;
-      const int64_t column = local % cut.strips * cut.columns_per_tile;
-      const int64_t columns = std::min(cut.columns_per_tile, cut.columns - column);
-      if (!cut.runs) {
-        on_columns(item, ColumnPart{row * cut.columns + column,
-                                    std::min(cut.rows_per_tile, cut.rows - row), cut.columns,
-                                    columns, item.keep + column / inner});
-        continue;
-      }
-      for (int64_t element = column; element < column + columns;) {
-        const int64_t run = element / inner;
-        const int64_t length = std::min((run + 1) * inner, column + columns) - element;
-        on_run(item, element, length, item.keep[run % item.slices.channels]);
-        element += length;
+      const Tiles& tiles = cuts[i].tiles;
+      const int64_t local = task - cuts[i].first_task;
+      const int64_t row = local / tiles.strips * tiles.rows_per_tile;
+      const int64_t column = local % tiles.strips * tiles.columns_per_tile;
+      const int64_t columns = std::min(tiles.columns_per_tile, tiles.columns - column);
+      if (tiles.runs) {
+        on_runs(item, column, columns, cuts[i].past_caches);
+      } else {
+        on_columns(item,
+                   ColumnPart{row * tiles.columns + column,
+                              std::min(tiles.rows_per_tile, tiles.rows - row), tiles.columns,
+                              columns, item.keep + column / item.slices.inner},
+                   cuts[i].past_caches);
       }
     }
-    at_end();
+    finish_past_caches();
   };
   using RunTasks = decltype(run_tasks);
   const auto body = [](void* context, int64_t begin, int64_t end) {
     (*static_cast<RunTasks*>(context))(begin, end);
   };
-  // So that no thread starts for less than some ten microseconds of work.
-  const int64_t grain = std::max<int64_t>(1, 32768 * tasks / std::max<int64_t>(1, elements));
-  parallel_for(tasks, grain, body, const_cast<void*>(static_cast<const void*>(&run_tasks)));
+  const int64_t grain =
+      std::max<int64_t>(1, kThreadElements * tasks / std::max<int64_t>(1, elements));
+  threads.run(tasks, grain, body, const_cast<void*>(static_cast<const void*>(&run_tasks)));
 }
 
-WritePart part_at(const WriteItem& item, int64_t element) {
+WritePart part_at(const WriteItem& item, int64_t element, bool past_caches) {
   const int64_t offset = element * element_bytes(item.type);
   const auto at = [offset](const void* base) -> const void* {
     return base == nullptr ? nullptr : static_cast<const char*>(base) + offset;
@@ -118,37 +122,7 @@ WritePart part_at(const WriteItem& item, int64_t element) {
   const auto into = [offset](void* base) -> void* {
     return base == nullptr ? nullptr : static_cast<char*>(base) + offset;
   };
-  return {at(item.mask), at(item.original), into(item.new_mask), into(item.weight)};
-}
-
-// Weights beyond the caches are zeroed past them: a line that is overwritten whole need not be
-// read.
-constexpr int64_t kUncachedBytes = int64_t{16} << 20;
-
-// So that other threads see the stores past the caches no later than what follows them.
-void finish_uncached_stores() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
-void zero_run(char* bytes, int64_t count, bool uncached) {
-#if defined(__SSE2__)
-  if (uncached) {
-    constexpr int64_t kVector = sizeof(__m128i);
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(bytes) % kVector;
-    const int64_t head = std::min(count, misaligned == 0 ? 0 : kVector - misaligned);
-    const int64_t vectors = (count - head) / kVector;
-    std::memset(bytes, 0, head);
-    __m128i* aligned = reinterpret_cast<__m128i*>(bytes + head);
-    for (int64_t i = 0; i < vectors; ++i) _mm_stream_si128(aligned + i, _mm_setzero_si128());
-    const int64_t written = head + vectors * kVector;
-    std::memset(bytes + written, 0, count - written);
-    return;
-  }
-#endif
-  (void)uncached;
-  std::memset(bytes, 0, count);
+  return {at(item.mask), at(item.original), into(item.new_mask), into(item.weight), past_caches};
 }
 
 // Zeros the pruned columns of a part, on words of the elements' size. A cache line that holds none
@@ -185,31 +159,65 @@ void zero_columns(Word* words, const ColumnPart& part, int64_t inner) {
   }
 }
 
-}  // namespace
-
-void write(const WriteItem* items, size_t count, ParallelFor parallel_for) {
-  visit(
-      items, count, kTileElements, parallel_for,
-      [](const WriteItem& item, const ColumnPart& part) {
-        instructions().write_columns[static_cast<int>(item.type)](
-            part_at(item, part.element), part.rows, part.row_stride, part.columns,
-            item.slices.inner, part.keep);
-      },
-      [](const WriteItem& item, int64_t element, int64_t length, bool kept) {
-        instructions().write_run[static_cast<int>(item.type)](part_at(item, element), length, kept);
-      },
-      [] {});
+// Zeros the pruned channels among `length` elements from this one on.
+void zero_runs(const ZeroItem& item, int64_t element, int64_t length, bool past_caches) {
+  const int64_t inner = item.slices.inner;
+  const int64_t bytes = element_bytes(item.type);
+  const int64_t end = element + length;
+  while (element < end) {
+    const int64_t run = element / inner;
+    const int64_t n = std::min((run + 1) * inner, end) - element;
+    if (!item.keep[run % item.slices.channels]) {
+      char* out = static_cast<char*>(item.elements) + element * bytes;
+      if (past_caches) {
+        zero_past_caches(out, n * bytes);
+      } else {
+        std::memset(out, 0, n * bytes);
+      }
+    }
+    element += n;
+  }
 }
 
-void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for) {
-  int64_t bytes_in_all = 0;
-  for (size_t i = 0; i < count; ++i) {
-    bytes_in_all += items[i].slices.elements() * element_bytes(items[i].type);
-  }
-  const bool uncached = bytes_in_all >= kUncachedBytes;
+int64_t write_bytes(const WriteItem& item) {
+  return item.slices.elements() * element_bytes(item.type) * (item.weight == nullptr ? 1 : 2);
+}
+
+}  // namespace
+
+void write(const WriteItem* items, size_t count, const Threads& threads) {
+  int64_t bytes = 0;
+  for (size_t i = 0; i < count; ++i) bytes += write_bytes(items[i]);
   visit(
-      items, count, kZeroTileElements, parallel_for,
-      [](const ZeroItem& item, const ColumnPart& part) {
+      items, count, kTileElements, threads,
+      [bytes](const WriteItem& item) {
+        return pays_past_caches(item.new_mask, item.slices.elements() * element_bytes(item.type),
+                                bytes);
+      },
+      [](const WriteItem& item, const ColumnPart& part, bool past_caches) {
+        instructions().write_columns[static_cast<int>(item.type)](
+            part_at(item, part.element, past_caches), part.rows, part.row_stride, part.columns,
+            item.slices.inner, part.keep);
+      },
+      [](const WriteItem& item, int64_t element, int64_t length, bool past_caches) {
+        instructions().write_runs[static_cast<int>(item.type)](part_at(item, element, past_caches),
+                                                               element, length, item.slices.inner,
+                                                               item.slices.channels, item.keep);
+      });
+}
+
+void zero(const ZeroItem* items, size_t count, const Threads& threads) {
+  int64_t bytes = 0;
+  for (size_t i = 0; i < count; ++i) {
+    bytes += items[i].slices.elements() * element_bytes(items[i].type);
+  }
+  visit(
+      items, count, kZeroTileElements, threads,
+      [bytes](const ZeroItem& item) {
+        return pays_past_caches(item.elements, item.slices.elements() * element_bytes(item.type),
+                                bytes);
+      },
+      [](const ZeroItem& item, const ColumnPart& part, bool) {
         const int64_t inner = item.slices.inner;
         switch (element_bytes(item.type)) {
           case 8:
@@ -222,13 +230,15 @@ void zero(const ZeroItem* items, size_t count, ParallelFor parallel_for) {
             return zero_columns(static_cast<uint8_t*>(item.elements) + part.element, part, inner);
         }
       },
-      [uncached](const ZeroItem& item, int64_t element, int64_t length, bool kept) {
-        const int64_t bytes = element_bytes(item.type);
-        if (!kept) {
-          zero_run(static_cast<char*>(item.elements) + element * bytes, length * bytes, uncached);
-        }
-      },
-      finish_uncached_stores);
+      zero_runs);
+}
+
+int64_t write_tasks(const Slices& slices, int64_t threads) {
+  return make_tiles(slices, tile_elements(slices.elements(), kTileElements, threads)).count;
+}
+
+int64_t zero_tasks(const Slices& slices, int64_t threads) {
+  return make_tiles(slices, tile_elements(slices.elements(), kZeroTileElements, threads)).count;
 }
 
 }  // namespace lnprune::cpu

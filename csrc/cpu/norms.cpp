@@ -1,5 +1,6 @@
 // The rank step on the CPU: fixed chunks of each tensor shared among threads, folded in order.
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -14,46 +15,80 @@ namespace {
 constexpr int64_t kFewestRows = 64;
 constexpr int64_t kMostRows = 512;
 constexpr int64_t kNarrowChunkElements = 262144;
+// Narrow rows are taken several at a time, side by side, up to this many columns.
+constexpr int64_t kWideEnough = 512;
 // Where channels are runs: a channel's share of a chunk.
 constexpr int64_t kRunElementsPerChunk = 65536;
-// A task is at least about this many elements where the shape allows: some ten microseconds of
-// work.
-constexpr int64_t kTaskElements = 65536;
 
-// How one item is cut into chunks, outer_chunks * run_chunks of them, each with one partial per
-// channel. A task is one strip of channels of one chunk.
+// What depends on the threads, and so must not change a bit: how chunks are cut into strips. A
+// thread starts for this many elements, some ten microseconds of work, or more.
+constexpr int64_t kThreadElements = 65536;
+constexpr int64_t kTasksPerThread = 4;
+// A strip has at least about this many columns: a cache line of float32.
+constexpr int64_t kFewestColumns = 16;
+
+// How one item is cut into chunks, outer_chunks * run_chunks of them, and these into strips. A task
+// is one strip of one chunk.
+//
+// Where rows are narrow, `groups` of them lie side by side as columns of their own: column
+// g * row + j takes place j of every groups-th row, from row g on. There a strip is a range of
+// these columns, and each has a partial. Elsewhere a strip is a range of channels, and each has a
+// partial.
 struct Chunks {
   int64_t rows_per_chunk;
   int64_t outer_chunks;
   int64_t run_per_chunk;
   int64_t run_chunks;
-  int64_t channels_per_strip;
+  int64_t groups;  // 1 where rows are not narrow
+  int64_t places;  // columns or channels of a chunk, each with a partial
+  int64_t places_per_strip;
   int64_t strips;
   int64_t first_task;
   int64_t first_partial;
 
+  bool narrow() const { return groups > 1; }
   int64_t count() const { return outer_chunks * run_chunks; }
   int64_t tasks() const { return count() * strips; }
 };
 
-Chunks make_chunks(const Slices& slices) {
+// `task_elements` is what a task should have, so that there are enough for all threads.
+Chunks make_chunks(const Slices& slices, int64_t task_elements) {
   Chunks chunks{};
   chunks.run_per_chunk = slices.inner;
+  chunks.groups = 1;
+  chunks.places = slices.channels;
   if (slices.inner < kShortestRun) {
     const int64_t most = std::max(kMostRows, kNarrowChunkElements / slices.row());
     chunks.rows_per_chunk = std::clamp(divide_up(slices.outer, 8), kFewestRows, most);
-    chunks.channels_per_strip = kColumns / slices.inner;
+    const int64_t rows = std::min(chunks.rows_per_chunk, slices.outer);
+    int64_t inner = slices.inner;
+    if (slices.row() < kWideEnough) {
+      chunks.groups = std::min(kWideEnough / slices.row(), rows);
+      if (chunks.narrow()) {
+        chunks.places = chunks.groups * slices.row();
+        inner = 1;
+      }
+    }
+    const int64_t fewest = divide_up(kFewestColumns, inner);
+    const int64_t wanted = task_elements * chunks.groups / rows / inner;
+    chunks.places_per_strip =
+        std::min(std::max(wanted / fewest, int64_t{1}) * fewest, kColumns / inner);
   } else {
     if (slices.inner > kRunElementsPerChunk) chunks.run_per_chunk = kRunElementsPerChunk;
     chunks.rows_per_chunk = std::max<int64_t>(1, kRunElementsPerChunk / slices.inner);
     const int64_t rows = std::min(chunks.rows_per_chunk, slices.outer);
-    chunks.channels_per_strip = std::max<int64_t>(1, kTaskElements / (rows * chunks.run_per_chunk));
+    chunks.places_per_strip = std::max<int64_t>(
+        1, std::min(task_elements, kThreadElements) / (rows * chunks.run_per_chunk));
   }
-  chunks.channels_per_strip = std::min(chunks.channels_per_strip, slices.channels);
+  chunks.places_per_strip = std::min(chunks.places_per_strip, chunks.places);
   chunks.outer_chunks = divide_up(slices.outer, chunks.rows_per_chunk);
   chunks.run_chunks = divide_up(slices.inner, chunks.run_per_chunk);
-  chunks.strips = divide_up(slices.channels, chunks.channels_per_strip);
+  chunks.strips = divide_up(chunks.places, chunks.places_per_strip);
   return chunks;
+}
+
+int64_t task_elements(int64_t elements, int64_t threads) {
+  return std::max(elements / (kTasksPerThread * threads), kThreadElements / kTasksPerThread);
 }
 
 struct Job {
@@ -75,6 +110,24 @@ size_t item_of_task(const Job& job, int64_t task) {
   return low;
 }
 
+// One strip of one chunk of narrow rows: those of its columns that meet one row more, and the
+// others.
+template <class Reduce>
+void reduce_narrow(const RankItem& item, const Chunks& chunks, int64_t row, int64_t first,
+                   int64_t end, Reduce reduce, double p, uint64_t* partials) {
+  const int64_t rows = std::min(chunks.rows_per_chunk, item.slices.outer - row);
+  const int64_t sweeps = rows / chunks.groups;
+  const int64_t longer = std::clamp(rows % chunks.groups * item.slices.row(), first, end);
+  const char* elements = static_cast<const char*>(item.elements);
+  for (const auto& [begin, stop, of] : {std::array{first, longer, sweeps + 1},  //
+                                        std::array{longer, end, sweeps}}) {
+    if (begin == stop) continue;
+    const int64_t offset = row * item.slices.row() + begin;
+    reduce({elements + offset * element_bytes(item.type), of, chunks.places, stop - begin, 1, 1}, p,
+           partials + begin - first);
+  }
+}
+
 void reduce_tasks(void* context, int64_t begin, int64_t end) {
   const Job& job = *static_cast<const Job*>(context);
   size_t i = item_of_task(job, begin);
@@ -87,18 +140,23 @@ void reduce_tasks(void* context, int64_t begin, int64_t end) {
     const int64_t chunk = local / chunks.strips;
     const int64_t row = chunk / chunks.run_chunks * chunks.rows_per_chunk;
     const int64_t run = chunk % chunks.run_chunks * chunks.run_per_chunk;
-    const int64_t channel = strip * chunks.channels_per_strip;
-    const int type = static_cast<int>(item.type);
-    const int64_t offset = row * item.slices.row() + channel * item.slices.inner + run;
+    const int64_t place = strip * chunks.places_per_strip;
+    const int64_t places = std::min(chunks.places_per_strip, chunks.places - place);
+    uint64_t* partials = job.partials + chunks.first_partial + chunk * chunks.places + place;
+    const auto reduce =
+        instructions().reduce[static_cast<int>(item.type)][static_cast<int>(job.order.kind)];
+    if (chunks.narrow()) {
+      reduce_narrow(item, chunks, row, place, place + places, reduce, job.order.p, partials);
+      continue;
+    }
+    const int64_t offset = row * item.slices.row() + place * item.slices.inner + run;
     const Chunk part{static_cast<const char*>(item.elements) + offset * element_bytes(item.type),
                      std::min(chunks.rows_per_chunk, item.slices.outer - row),
                      item.slices.row(),
-                     std::min(chunks.channels_per_strip, item.slices.channels - channel),
+                     places,
                      item.slices.inner,
                      std::min(chunks.run_per_chunk, item.slices.inner - run)};
-    uint64_t* partials =
-        job.partials + chunks.first_partial + chunk * item.slices.channels + channel;
-    instructions().reduce[type][static_cast<int>(job.order.kind)](part, job.order.p, partials);
+    reduce(part, job.order.p, partials);
   }
 }
 
@@ -107,39 +165,44 @@ void finish_items(void* context, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const RankItem& item = job.items[i];
     const Chunks& chunks = job.chunks[i];
+    const Partials partials{job.partials + chunks.first_partial, chunks.count(), chunks.groups,
+                            item.slices.channels, chunks.narrow() ? item.slices.inner : 1};
     instructions().finish[static_cast<int>(item.type)][static_cast<int>(job.order.kind)](
-        job.partials + chunks.first_partial, chunks.count(), item.slices.channels,
-        item.slices.channels, job.order.p, job.rooted, item.norms);
+        partials, job.order.p, job.rooted, item.norms);
   }
 }
 
 }  // namespace
 
 void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
-          ParallelFor parallel_for) {
+          const Threads& threads) {
   std::vector<Chunks> chunks(count);
   int64_t tasks = 0;
   int64_t partials = 0;
   int64_t elements = 0;
+  for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
+  const int64_t elements_per_task = task_elements(elements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    chunks[i] = make_chunks(items[i].slices);
+    chunks[i] = make_chunks(items[i].slices, elements_per_task);
     chunks[i].first_task = tasks;
     chunks[i].first_partial = partials;
     tasks += chunks[i].tasks();
-    partials += chunks[i].count() * items[i].slices.channels;
-    elements += items[i].slices.elements();
+    partials += chunks[i].count() * chunks[i].places;
   }
   const std::unique_ptr<uint64_t[]> storage(new uint64_t[partials]);
   Job job{items, chunks.data(), count, order, rooted, storage.get()};
-  // So that no thread starts for less than a task's worth of elements.
   const int64_t grain =
-      std::max<int64_t>(1, kTaskElements * tasks / std::max<int64_t>(1, elements));
-  parallel_for(tasks, grain, reduce_tasks, &job);
-  const int64_t items_per_thread = partials < kTaskElements ? static_cast<int64_t>(count) : 1;
-  parallel_for(static_cast<int64_t>(count), items_per_thread, finish_items, &job);
+      std::max<int64_t>(1, kThreadElements * tasks / std::max<int64_t>(1, elements));
+  threads.run(tasks, grain, reduce_tasks, &job);
+  const int64_t items_per_thread = partials < kThreadElements ? static_cast<int64_t>(count) : 1;
+  threads.run(static_cast<int64_t>(count), items_per_thread, finish_items, &job);
 }
 
-void root(const RootItem* items, size_t count, NormOrder order, ParallelFor parallel_for) {
+int64_t rank_tasks(const Slices& slices, int64_t threads) {
+  return make_chunks(slices, task_elements(slices.elements(), threads)).tasks();
+}
+
+void root(const RootItem* items, size_t count, NormOrder order, const Threads& threads) {
   struct Roots {
     const RootItem* items;
     NormOrder order;
@@ -154,8 +217,8 @@ void root(const RootItem* items, size_t count, NormOrder order, ParallelFor para
     }
   };
   Roots roots{items, order};
-  const int64_t items_per_thread = channels < kTaskElements ? static_cast<int64_t>(count) : 1;
-  parallel_for(static_cast<int64_t>(count), items_per_thread, take_roots, &roots);
+  const int64_t items_per_thread = channels < kThreadElements ? static_cast<int64_t>(count) : 1;
+  threads.run(static_cast<int64_t>(count), items_per_thread, take_roots, &roots);
 }
 
 }  // namespace lnprune::cpu

@@ -6,6 +6,21 @@
 
 constexpr int64_t kLanes = 32;
 
+// Which level has the fused instruction; elsewhere std::fma is a call of a function.
+template <class Real>
+using SquareSum = SumOfSquares<Real, (LNPRUNE_X86_64_LEVEL >= 3)>;
+
+// Asks for the elements this far ahead of those that are read: a single stream leaves the memory
+// waiting. Into the L2 cache: what waits for the L1 cache holds up the loads that are needed now.
+constexpr int64_t kAheadBytes = 4096;
+
+template <class T>
+LNPRUNE_FUNCTION void prefetch_lanes(const T* elements) {
+  const char* bytes = reinterpret_cast<const char*>(elements) + kAheadBytes;
+  constexpr int64_t kBytes = kLanes * sizeof(T);
+  for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(bytes + line, 0, 2);
+}
+
 // The type that a norm's loop reads. Powers are computed in double: loops of one width vectorise
 // best.
 template <template <class> class Norm, class T>
@@ -33,6 +48,7 @@ LNPRUNE_FUNCTION void reduce_run(const Norm norm, const T* elements, int64_t len
     const auto x = widen(elements + start, n, buffer);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
+      prefetch_lanes(elements + start + i);
       for (int64_t l = 0; l < kLanes; ++l) a[l] = norm.map(a[l], x[i + l]);
     }
     for (int64_t l = 0; i + l < n; ++l) a[l] = norm.map(a[l], x[i + l]);
@@ -95,44 +111,25 @@ LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t r
 }
 
 template <class Norm, class Real, class T>
-LNPRUNE_FUNCTION void reduce_columns_into(const Norm norm, const T* elements, int64_t rows,
-                                          int64_t row_stride, int64_t columns,
-                                          typename Norm::Accumulator* accumulators) {
-  int64_t r = 0;
-  // A costly map eight times over is more than the compiler keeps in registers.
-  for (; !Norm::kCostly && r + 8 <= rows; r += 8) {
-    reduce_sweep<Norm, Real, 8>(norm, elements + r * row_stride, row_stride, columns, accumulators);
-  }
-  for (; r < rows; ++r) {
-    reduce_sweep<Norm, Real, 1>(norm, elements + r * row_stride, row_stride, columns, accumulators);
-  }
-}
-
-template <class Norm, class Real, class T>
 void reduce_columns(const Norm norm, const Chunk& chunk, typename Norm::Partial* partials) {
-  // Narrow matrices without gaps are taken several rows at a time, side by side.
-  constexpr int64_t kWideEnough = 512;
-  const int64_t width = chunk.channels * chunk.run;
-  const int64_t side_by_side =
-      chunk.row_stride == width && width < kWideEnough ? kWideEnough / width : 1;
-  const int64_t columns = width * side_by_side;
+  const int64_t columns = chunk.channels * chunk.run;
   alignas(64) typename Norm::Accumulator accumulators[kColumns];
   for (int64_t j = 0; j < columns; ++j) accumulators[j] = norm.identity();
   const T* elements = static_cast<const T*>(chunk.elements);
-  const int64_t sweeps = chunk.rows / side_by_side;
-  const int64_t left = chunk.rows % side_by_side;
-  const int64_t stride = chunk.row_stride * side_by_side;
-  reduce_columns_into<Norm, Real>(norm, elements, sweeps, stride, columns, accumulators);
-  if (left > 0) {
-    reduce_columns_into<Norm, Real>(norm, elements + sweeps * stride, 1, stride, left * width,
-                                    accumulators);
+  int64_t r = 0;
+  // A costly map eight times over is more than the compiler keeps in registers.
+  for (; !Norm::kCostly && r + 8 <= chunk.rows; r += 8) {
+    reduce_sweep<Norm, Real, 8>(norm, elements + r * chunk.row_stride, chunk.row_stride, columns,
+                                accumulators);
+  }
+  for (; r < chunk.rows; ++r) {
+    reduce_sweep<Norm, Real, 1>(norm, elements + r * chunk.row_stride, chunk.row_stride, columns,
+                                accumulators);
   }
   for (int64_t c = 0; c < chunk.channels; ++c) {
     typename Norm::Partial sum = norm.partial(accumulators[c * chunk.run]);
-    for (int64_t g = 0; g < side_by_side; ++g) {
-      for (int64_t i = g == 0 ? 1 : 0; i < chunk.run; ++i) {
-        sum = norm.combine(sum, norm.partial(accumulators[g * width + c * chunk.run + i]));
-      }
+    for (int64_t i = 1; i < chunk.run; ++i) {
+      sum = norm.combine(sum, norm.partial(accumulators[c * chunk.run + i]));
     }
     partials[c] = sum;
   }
@@ -152,20 +149,34 @@ void reduce(const Chunk& chunk, double p, void* partials) {
 }
 
 template <template <class> class Norm, class T>
-void finish(const void* partials, int64_t chunks, int64_t stride, int64_t channels, double p,
-            bool rooted, double* norms) {
+void finish(const Partials& partials, double p, bool rooted, double* norms) {
   using Real = typename RealFor<Norm, T>::Type;
   const Norm<Real> norm(p);
   using Partial = typename Norm<Real>::Partial;
-  const Partial* typed = static_cast<const Partial*>(partials);
   constexpr int64_t kChannels = 256;
   Partial sum[kChannels];
-  for (int64_t first = 0; first < channels; first += kChannels) {
-    const int64_t n = channels - first < kChannels ? channels - first : kChannels;
-    for (int64_t c = 0; c < n; ++c) sum[c] = typed[first + c];
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const Partial* row = typed + chunk * stride + first;
-      for (int64_t c = 0; c < n; ++c) sum[c] = norm.combine(sum[c], row[c]);
+  Partial part[kChannels];
+  for (int64_t first = 0; first < partials.channels; first += kChannels) {
+    const int64_t n = partials.channels - first < kChannels ? partials.channels - first : kChannels;
+    for (int64_t chunk = 0; chunk < partials.chunks; ++chunk) {
+      Partial* folded = chunk == 0 ? sum : part;
+      for (int64_t group = 0; group < partials.groups; ++group) {
+        const Partial* row = static_cast<const Partial*>(partials.values) +
+                             (chunk * partials.groups + group) * partials.channels * partials.run +
+                             first * partials.run;
+        for (int64_t i = 0; i < partials.run; ++i) {
+          if (group == 0 && i == 0) {
+            for (int64_t c = 0; c < n; ++c) folded[c] = row[c * partials.run];
+          } else {
+            for (int64_t c = 0; c < n; ++c) {
+              folded[c] = norm.combine(folded[c], row[c * partials.run + i]);
+            }
+          }
+        }
+      }
+      if (chunk > 0) {
+        for (int64_t c = 0; c < n; ++c) sum[c] = norm.combine(sum[c], part[c]);
+      }
     }
     if (rooted) {
       for (int64_t c = 0; c < n; ++c) norms[first + c] = norm.root(norm.total(sum[c]));

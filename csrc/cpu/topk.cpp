@@ -65,7 +65,7 @@ void select_one(const SelectItem& item) {
 
 }  // namespace
 
-void select(const SelectItem* items, size_t count, ParallelFor parallel_for) {
+void select(const SelectItem* items, size_t count, const Threads& threads) {
   int64_t channels = 0;
   for (size_t i = 0; i < count; ++i) channels += items[i].channels;
   // Some thousand channels take less time than a thread may take to wake on a busy machine.
@@ -74,7 +74,7 @@ void select(const SelectItem* items, size_t count, ParallelFor parallel_for) {
     const SelectItem* all = static_cast<const SelectItem*>(context);
     for (int64_t i = begin; i < end; ++i) select_one(all[i]);
   };
-  parallel_for(static_cast<int64_t>(count), grain, body, const_cast<SelectItem*>(items));
+  threads.run(static_cast<int64_t>(count), grain, body, const_cast<SelectItem*>(items));
 }
 
 }  // namespace lnprune::cpu

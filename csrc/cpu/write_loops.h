@@ -2,9 +2,10 @@
 //
 // Every value is a masked_product, mask * keep and new_mask * original.
 
-// Elements that are written as one block, so that its checks are few.
+// Elements that are written as one block: so many that its checks are few, so few that what it
+// reads and makes stays in the L1 cache.
 template <class T>
-constexpr int64_t kWriteBlock = 8192 / sizeof(T);
+constexpr int64_t kWriteBlock = 4096 / sizeof(T);
 
 // Flag<T>().times(flag, x) is masked_product(flag, x) for a flag of one or zero, on the bits where
 // that is faster: all integer for 16 bits, so that loops vectorise, and a table for 8.
@@ -66,22 +67,59 @@ struct Flag<T, 1> {
   }
 };
 
+#define LNPRUNE_INLINE __attribute__((always_inline))
+
+// One line, aligned, past the caches. Vectors as wide as those that the compiler makes of loops,
+// so that what was just made is in a register.
+LNPRUNE_FUNCTION void stream_line(void* out, const void* line) {
+#if LNPRUNE_X86_64_LEVEL >= 3
+  const __m256i* vectors = static_cast<const __m256i*>(line);
+  for (int i = 0; i < 2; ++i) {
+    _mm256_stream_si256(static_cast<__m256i*>(out) + i, _mm256_load_si256(vectors + i));
+  }
+#elif defined(__SSE2__)
+  const __m128i* vectors = static_cast<const __m128i*>(line);
+  for (int i = 0; i < 4; ++i) {
+    _mm_stream_si128(static_cast<__m128i*>(out) + i, _mm_load_si128(vectors + i));
+  }
+#else
+  std::memcpy(out, line, kCacheLine);
+#endif
+}
+
+// out[i] = value(i), whole lines past the caches where that is asked for. `Bits` is unsigned or a
+// floating type.
+template <class Bits, class Value>
+LNPRUNE_FUNCTION void store(Bits* __restrict out, int64_t n, bool past_caches, Value value) {
+  int64_t i = 0;
+  if (past_caches) {
+    constexpr int64_t kLine = kCacheLine / sizeof(Bits);
+    const int64_t head = bytes_to_line(out, n * static_cast<int64_t>(sizeof(Bits))) / sizeof(Bits);
+    for (; i < head; ++i) out[i] = value(i);
+    for (; i + kLine <= n; i += kLine) {
+      alignas(kCacheLine) Bits line[kLine];
+      for (int64_t j = 0; j < kLine; ++j) line[j] = value(i + j);
+      stream_line(out + i, line);
+    }
+  }
+  for (; i < n; ++i) out[i] = value(i);
+}
+
 // out[i] = flags[i] * x[i] for flags of ones and zeros.
 template <class T>
-LNPRUNE_FUNCTION void multiply_flags(const T* __restrict flags, const T* __restrict x,
-                                     T* __restrict out, int64_t n) {
+LNPRUNE_FUNCTION void multiply_flags(const T* flags, const T* x, T* out, int64_t n,
+                                     bool past_caches) {
   using Bits = typename Flag<T>::Bits;
-  const Bits* __restrict flag_bits = reinterpret_cast<const Bits*>(flags);
-  const Bits* __restrict x_bits = reinterpret_cast<const Bits*>(x);
-  Bits* __restrict out_bits = reinterpret_cast<Bits*>(out);
+  const Bits* flag_bits = reinterpret_cast<const Bits*>(flags);
+  const Bits* x_bits = reinterpret_cast<const Bits*>(x);
   const Flag<T> product;
-  for (int64_t i = 0; i < n; ++i) out_bits[i] = product.times(flag_bits[i], x_bits[i]);
+  store(reinterpret_cast<Bits*>(out), n, past_caches,
+        [=](int64_t i) LNPRUNE_INLINE { return product.times(flag_bits[i], x_bits[i]); });
 }
 
 // out[i] = mask[i] * x[i]. Masks are mostly ones and zeros, but custom ones can hold anything.
 template <class T>
-LNPRUNE_FUNCTION void multiply(const T* __restrict mask, const T* __restrict x, T* __restrict out,
-                               int64_t n) {
+LNPRUNE_FUNCTION void multiply(const T* mask, const T* x, T* out, int64_t n, bool past_caches) {
   if constexpr (Flag<T>::kOnBits) {
     using Bits = typename Flag<T>::Bits;
     const Bits* bits = reinterpret_cast<const Bits*>(mask);
@@ -92,61 +130,90 @@ LNPRUNE_FUNCTION void multiply(const T* __restrict mask, const T* __restrict x, 
       other |= without_one;
     }
     if (other == 0) {
-      multiply_flags(mask, x, out, n);
+      multiply_flags(mask, x, out, n, past_caches);
       return;
     }
-  }
-  for (int64_t i = 0; i < n; ++i) out[i] = masked_product(mask[i], x[i]);
-}
-
-// One block: keep[i] is 1 or 0 as T. All pointers are to the block's first element.
-template <class T>
-LNPRUNE_FUNCTION void write_block(const T* __restrict keep, const T* mask, const T* original,
-                                  T* __restrict new_mask, T* weight, int64_t n) {
-  if (mask == nullptr) {
-    std::memcpy(new_mask, keep, n * sizeof(T));
-    if (weight != nullptr) multiply_flags(keep, original, weight, n);
+    store(reinterpret_cast<Bits*>(out), n, past_caches, [=](int64_t i) LNPRUNE_INLINE {
+      return lnprune::bit_cast<Bits>(masked_product(mask[i], x[i]));
+    });
   } else {
-    multiply_flags(keep, mask, new_mask, n);
-    if (weight != nullptr) multiply<T>(new_mask, original, weight, n);
+    store(out, n, past_caches,
+          [=](int64_t i) LNPRUNE_INLINE { return masked_product(mask[i], x[i]); });
   }
 }
 
 // out[i] = flag * x[i] for one flag of one or zero.
 template <class T>
-LNPRUNE_FUNCTION void multiply_flag(T flag, const T* __restrict x, T* __restrict out, int64_t n) {
+LNPRUNE_FUNCTION void multiply_flag(T flag, const T* x, T* out, int64_t n, bool past_caches) {
   using Bits = typename Flag<T>::Bits;
   const Bits flag_bits = lnprune::bit_cast<Bits>(flag);
-  const Bits* __restrict x_bits = reinterpret_cast<const Bits*>(x);
-  Bits* __restrict out_bits = reinterpret_cast<Bits*>(out);
+  const Bits* x_bits = reinterpret_cast<const Bits*>(x);
   const Flag<T> product;
-  for (int64_t i = 0; i < n; ++i) out_bits[i] = product.times(flag_bits, x_bits[i]);
+  store(reinterpret_cast<Bits*>(out), n, past_caches,
+        [=](int64_t i) LNPRUNE_INLINE { return product.times(flag_bits, x_bits[i]); });
 }
 
 // As bits: GCC vectorises no copies of class types.
 template <class T>
-LNPRUNE_FUNCTION void fill(T flag, T* out, int64_t n) {
+LNPRUNE_FUNCTION void fill(T flag, T* out, int64_t n, bool past_caches) {
   using Bits = typename Flag<T>::Bits;
   const Bits flag_bits = lnprune::bit_cast<Bits>(flag);
-  Bits* out_bits = reinterpret_cast<Bits*>(out);
-  for (int64_t i = 0; i < n; ++i) out_bits[i] = flag_bits;
+  store(reinterpret_cast<Bits*>(out), n, past_caches,
+        [=](int64_t) LNPRUNE_INLINE { return flag_bits; });
 }
 
 template <class T>
-void write_run(const WritePart& part, int64_t length, bool keep) {
-  const T flag = static_cast<T>(keep ? 1.0f : 0.0f);
+LNPRUNE_FUNCTION void copy(const T* x, T* out, int64_t n, bool past_caches) {
+  using Bits = typename Flag<T>::Bits;
+  const Bits* x_bits = reinterpret_cast<const Bits*>(x);
+  store(reinterpret_cast<Bits*>(out), n, past_caches,
+        [=](int64_t i) LNPRUNE_INLINE { return x_bits[i]; });
+}
+
+// A block of a repeated mask, made by make_mask(place), and its weight, which is read from where
+// the block was made: in place, or, since what is stored past the caches is far away, beside it.
+template <class T, class MakeMask>
+LNPRUNE_FUNCTION void write_block(const WritePart& part, int64_t start, int64_t n,
+                                  MakeMask make_mask) {
+  alignas(kCacheLine) T buffer[kWriteBlock<T>];
+  T* out = static_cast<T*>(part.new_mask) + start;
+  T* made = part.past_caches ? buffer : out;
+  make_mask(made);
+  if (part.weight != nullptr) {
+    multiply<T>(made, static_cast<const T*>(part.original) + start,
+                static_cast<T*>(part.weight) + start, n, part.past_caches);
+  }
+  if (part.past_caches) copy<T>(made, out, n, true);
+}
+
+template <class T>
+void write_runs(const WritePart& part, int64_t first, int64_t length, int64_t inner,
+                int64_t channels, const bool* keep) {
   const T* mask = static_cast<const T*>(part.mask);
   const T* original = static_cast<const T*>(part.original);
   T* new_mask = static_cast<T*>(part.new_mask);
   T* weight = static_cast<T*>(part.weight);
-  for (int64_t start = 0; start < length; start += kWriteBlock<T>) {
-    const int64_t n = length - start < kWriteBlock<T> ? length - start : kWriteBlock<T>;
+  int64_t run = first / inner;
+  int64_t left = (run + 1) * inner - first;  // of this run
+  for (int64_t start = 0; start < length;) {
+    int64_t n = left < length - start ? left : length - start;
+    if (n > kWriteBlock<T>) n = kWriteBlock<T>;
+    const T flag = static_cast<T>(keep[run % channels] ? 1.0f : 0.0f);
     if (mask == nullptr) {
-      fill(flag, new_mask + start, n);
-      if (weight != nullptr) multiply_flag(flag, original + start, weight + start, n);
+      fill(flag, new_mask + start, n, part.past_caches);
+      if (weight != nullptr) {
+        multiply_flag(flag, original + start, weight + start, n, part.past_caches);
+      }
     } else {
-      multiply_flag(flag, mask + start, new_mask + start, n);
-      if (weight != nullptr) multiply(new_mask + start, original + start, weight + start, n);
+      write_block<T>(part, start, n, [=](T* made) LNPRUNE_INLINE {
+        multiply_flag(flag, mask + start, made, n, false);
+      });
+    }
+    start += n;
+    left -= n;
+    if (left == 0) {
+      ++run;
+      left = inner;
     }
   }
 }
@@ -154,7 +221,7 @@ void write_run(const WritePart& part, int64_t length, bool keep) {
 template <class T>
 void write_columns(const WritePart& part, int64_t rows, int64_t row_stride, int64_t columns,
                    int64_t inner, const bool* keep) {
-  alignas(64) T flags[kColumns];
+  alignas(kCacheLine) T flags[kColumns];
   const T one = static_cast<T>(1.0f);
   const T zero = static_cast<T>(0.0f);
   if (inner == 1) {
@@ -164,16 +231,36 @@ void write_columns(const WritePart& part, int64_t rows, int64_t row_stride, int6
       for (int64_t i = 0; i < inner; ++i, ++j) flags[j] = keep[c] ? one : zero;
     }
   }
+  // Short rows without gaps are taken several at a time.
+  int64_t together = 1;
+  if (row_stride == columns) {
+    while (2 * together * columns <= kWriteBlock<T> && 2 * together <= rows) {
+      std::memcpy(flags + together * columns, flags, together * columns * sizeof(T));
+      together *= 2;
+    }
+  }
   const T* mask = static_cast<const T*>(part.mask);
   const T* original = static_cast<const T*>(part.original);
   T* new_mask = static_cast<T*>(part.new_mask);
   T* weight = static_cast<T*>(part.weight);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t start = 0; start < columns; start += kWriteBlock<T>) {
-      const int64_t n = columns - start < kWriteBlock<T> ? columns - start : kWriteBlock<T>;
+  for (int64_t r = 0; r < rows; r += together) {
+    const int64_t length = (rows - r < together ? rows - r : together) * columns;
+    for (int64_t start = 0; start < length; start += kWriteBlock<T>) {
+      const int64_t n = length - start < kWriteBlock<T> ? length - start : kWriteBlock<T>;
       const int64_t at = r * row_stride + start;
-      write_block(flags + start, mask ? mask + at : nullptr, weight ? original + at : nullptr,
-                  new_mask + at, weight ? weight + at : nullptr, n);
+      const T* block_flags = flags + start;
+      if (mask == nullptr) {
+        copy(block_flags, new_mask + at, n, part.past_caches);
+        if (weight != nullptr) {
+          multiply_flags(block_flags, original + at, weight + at, n, part.past_caches);
+        }
+      } else {
+        write_block<T>(part, at, n, [=](T* made) LNPRUNE_INLINE {
+          multiply_flags(block_flags, mask + at, made, n, false);
+        });
+      }
     }
   }
 }
+
+#undef LNPRUNE_INLINE

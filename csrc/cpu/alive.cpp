@@ -1,0 +1,160 @@
+// Which channels of a mask have an element that is not zero: looking stops at the first.
+#include <algorithm>
+#include <vector>
+
+#include "instruction_sets.h"
+
+namespace lnprune::cpu {
+namespace {
+
+// Elements that are looked at before the next decision to stop.
+constexpr int64_t kLook = 1024;
+// Elements of a part of a mask whose channels are columns.
+constexpr int64_t kPartElements = 65536;
+
+// Zero has these bits zero, and nothing else has: a sign alone is zero but in fnuz types, where it
+// is NaN.
+template <class Word>
+Word value_bits(ElementType type) {
+  const bool unsigned_zero =
+      type == ElementType::float8_e4m3fnuz || type == ElementType::float8_e5m2fnuz;
+  const Word all = static_cast<Word>(~Word{0});
+  return unsigned_zero ? all : static_cast<Word>(all >> 1);
+}
+
+template <class Word>
+Word any_bits(const Word* words, int64_t count) {
+  Word any = 0;
+  for (int64_t i = 0; i < count; ++i) any |= words[i];
+  return any;
+}
+
+template <class Word>
+bool run_is_alive(const Word* words, int64_t count, Word bits) {
+  for (int64_t start = 0; start < count; start += kLook) {
+    if ((any_bits(words + start, std::min(kLook, count - start)) & bits) != 0) return true;
+  }
+  return false;
+}
+
+template <class Word>
+double channel_is_alive(const RankItem& mask, int64_t channel) {
+  const Slices& slices = mask.slices;
+  const Word* words = static_cast<const Word*>(mask.elements) + channel * slices.inner;
+  for (int64_t row = 0; row < slices.outer; ++row) {
+    const Word bits = value_bits<Word>(mask.type);
+    if (run_is_alive(words + row * slices.row(), slices.inner, bits)) return 1;
+  }
+  return 0;
+}
+
+// A part is some rows of some channels. Each that is found alive is noted; others may be alive in
+// other parts, which other threads look at.
+template <class Word>
+void look_at_columns(const RankItem& mask, int64_t row, int64_t rows, int64_t channel,
+                     int64_t channels) {
+  const int64_t inner = mask.slices.inner;
+  const int64_t columns = channels * inner;
+  const int64_t rows_per_look = std::max<int64_t>(1, kLook * 16 / columns);
+  const Word bits = value_bits<Word>(mask.type);
+  const Word* words =
+      static_cast<const Word*>(mask.elements) + row * mask.slices.row() + channel * inner;
+  alignas(64) Word any[kColumns] = {};
+  for (int64_t r = 0; r < rows;) {
+    const int64_t stop = std::min(rows, r + rows_per_look);
+    for (; r < stop; ++r) {
+      const Word* __restrict at = words + r * mask.slices.row();
+      for (int64_t j = 0; j < columns; ++j) any[j] |= at[j];
+    }
+    int64_t alive = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      alive += (any_bits(any + c * inner, inner) & bits) != 0 ? 1 : 0;
+    }
+    if (alive == channels) break;
+  }
+  const double one = 1;
+  for (int64_t c = 0; c < channels; ++c) {
+    if ((any_bits(any + c * inner, inner) & bits) != 0) {
+      __atomic_store(mask.norms + channel + c, &one, __ATOMIC_RELAXED);
+    }
+  }
+}
+
+// How one mask is shared: channels that are runs one by one, columns in parts.
+struct Parts {
+  bool runs;
+  int64_t rows_per_part;
+  int64_t channels_per_part;
+  int64_t strips;
+  int64_t count;
+  int64_t first_task;
+};
+
+Parts make_parts(const Slices& slices) {
+  Parts parts{};
+  parts.runs = slices.inner >= kShortestRun;
+  parts.rows_per_part = slices.outer;
+  parts.channels_per_part = 1;
+  if (!parts.runs) {
+    parts.channels_per_part = std::min(slices.channels, kColumns / slices.inner);
+    const int64_t columns = parts.channels_per_part * slices.inner;
+    parts.rows_per_part = std::max<int64_t>(1, kPartElements / columns);
+  }
+  parts.strips = divide_up(slices.channels, parts.channels_per_part);
+  parts.count = parts.strips * divide_up(slices.outer, parts.rows_per_part);
+  return parts;
+}
+
+template <class Word>
+void look_at_part(const RankItem& mask, const Parts& parts, int64_t part) {
+  if (parts.runs) {
+    mask.norms[part] = channel_is_alive<Word>(mask, part);
+    return;
+  }
+  const int64_t row = part / parts.strips * parts.rows_per_part;
+  const int64_t channel = part % parts.strips * parts.channels_per_part;
+  look_at_columns<Word>(mask, row, std::min(parts.rows_per_part, mask.slices.outer - row), channel,
+                        std::min(parts.channels_per_part, mask.slices.channels - channel));
+}
+
+struct Job {
+  const RankItem* masks;
+  const Parts* parts;
+};
+
+void look(void* context, int64_t begin, int64_t end) {
+  const Job& job = *static_cast<const Job*>(context);
+  size_t i = 0;
+  for (int64_t task = begin; task < end; ++task) {
+    while (task >= job.parts[i].first_task + job.parts[i].count) ++i;
+    const RankItem& mask = job.masks[i];
+    const int64_t part = task - job.parts[i].first_task;
+    switch (element_bytes(mask.type)) {
+      case 8: look_at_part<uint64_t>(mask, job.parts[i], part); break;
+      case 4: look_at_part<uint32_t>(mask, job.parts[i], part); break;
+      case 2: look_at_part<uint16_t>(mask, job.parts[i], part); break;
+      default: look_at_part<uint8_t>(mask, job.parts[i], part);
+    }
+  }
+}
+
+}  // namespace
+
+void find_alive(const RankItem* masks, size_t count, const Threads& threads) {
+  std::vector<Parts> parts(count);
+  int64_t tasks = 0;
+  int64_t elements = 0;
+  for (size_t i = 0; i < count; ++i) {
+    parts[i] = make_parts(masks[i].slices);
+    parts[i].first_task = tasks;
+    tasks += parts[i].count;
+    elements += masks[i].slices.elements();
+    std::fill_n(masks[i].norms, masks[i].slices.channels, 0.0);
+  }
+  Job job{masks, parts.data()};
+  const int64_t grain =
+      std::max<int64_t>(1, kPartElements * tasks / std::max<int64_t>(1, elements));
+  threads.run(tasks, grain, look, &job);
+}
+
+}  // namespace lnprune::cpu
