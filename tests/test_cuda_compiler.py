@@ -1,11 +1,12 @@
 """What the real compiler makes of the CUDA kernels: resources, machine code, loads in flight.
 
-``python tests/test_cuda_compiler.py`` prints the table of resources that stands in docs/cuda.md.
+``python tests/test_cuda_compiler.py`` prints the tables of resources and of instructions in docs/cuda.md.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import heapq
 import importlib.util
 import os
 import pathlib
@@ -250,6 +251,46 @@ def loads_used_early(kernel: str, loop: Code) -> list[str]:
     return early
 
 
+def fewest_instructions(code: Code, loads: int, stores: int) -> int:
+    """On the shortest path through a kernel with so many loads and stores of vectors of 16 bytes.
+
+    Whether the conditions on it can hold together is not asked. Calls are not followed.
+    """
+    places = {instruction.address: place for place, instruction in enumerate(code)}
+    # Instructions so far, place, vectors loaded and stored, and where each barrier of branches leads.
+    paths: list[tuple[int, int, int, int, tuple[tuple[str, int], ...]]] = [(0, 0, 0, 0, ())]
+    seen = set()
+    while paths:
+        length, place, loaded, stored, barriers = heapq.heappop(paths)
+        if (place, loaded, stored, barriers) in seen or loaded > loads or stored > stores:
+            continue
+        seen.add((place, loaded, stored, barriers))
+        operation, text = code[place].operation, code[place].text
+        kind = operation.split(".")[0]
+        if kind == "EXIT" and (loaded, stored) == (loads, stores):
+            return length + 1
+        led, after = dict(barriers), place + 1
+        if kind == "BSSY":
+            led[re.search(r"\bB\d+", text)[0]] = int(text.split("0x")[1].rstrip(" ;"), 16)
+        elif kind == "BSYNC":
+            after = places[led.pop(re.search(r"\bB\d+", text)[0])]
+        elif kind == "BRA":
+            after = places[int(text.split("0x")[1].rstrip(" ;"), 16)]
+        if kind not in ("EXIT", "CALL", "RET", "BRX"):
+            wide = ".128" in operation
+            now = loaded + (wide and kind == "LDG"), stored + (wide and kind == "STG")
+            heapq.heappush(paths, (length + 1, after, *now, tuple(sorted(led.items()))))
+        if re.match(r"@|BRA\S* !?U?P\d", text):
+            heapq.heappush(paths, (length + 1, place + 1, loaded, stored, barriers))
+    raise AssertionError(f"no path has {loads} loads and {stores} stores of vectors")
+
+
+def issue_share(instructions: float, bytes_moved: int) -> float:
+    """Of what an H200 can issue while an element's bytes move, by the assumptions of docs/cuda.md."""
+    elements_per_cycle = 0.9 * 4.3e12 / (132 * 1.98e9) / bytes_moved
+    return instructions * elements_per_cycle / (32 * 4)  # four warps in a cycle
+
+
 # --- What is compiled, once -----------------------------------------------------------------------------
 
 
@@ -331,6 +372,10 @@ def constant(file: str, name: str) -> int:
     return int(re.search(rf"constexpr int {name} = (\d+);", (KERNELS / file).read_text())[1])
 
 
+def element_bytes(element: str) -> int:
+    return {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}.get(element, 1)
+
+
 def loads_in_flight(kernel: str, blocks: int) -> int:
     """Bytes that the threads of a multiprocessor ask for before they use any."""
     step, element = kernel.split()[0], kernel.split()[-1]
@@ -404,6 +449,19 @@ def test_writing_loads_and_stores_whole_vectors(machine_code, architecture, kern
     expected = 2 * 2 * constant("masks.cu", "kVectorsPerThread")
     assert count(code, r"LDG\.E\.(?:\w+\.)*128") >= expected
     assert count(code, r"STG\.E\.(?:\w+\.)*128") >= expected
+
+
+# Where the elements of a vector are kept or pruned together, and there is no old mask.
+def instructions_to_write(element: str, code: Code) -> float:
+    vectors = constant("masks.cu", "kVectorsPerThread")
+    return fewest_instructions(code, vectors, 2 * vectors) * element_bytes(element) / (16 * vectors)
+
+
+@pytest.mark.parametrize("element", [*ELEMENTS, *FLOAT8])
+def test_what_writing_takes_hides_under_its_bytes(machine_code, element):
+    needed = instructions_to_write(element, machine_code["sm_90"][f"write {element}"])
+    share = issue_share(needed, 3 * element_bytes(element))  # the mask, and the weight read and written
+    assert 0.05 < share < (0.8 if element in FLOAT8 else 0.4)
 
 
 @pytest.mark.parametrize("kernel", with_many(ZERO))
@@ -566,10 +624,29 @@ def spread(values: list[int]) -> str:
     return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
-def resource_table() -> str:
+def instruction_table(machine_code: dict[str, Code]) -> str:
+    """Instructions per element of the rank step's loops for p = 2 and of the write step, as Markdown."""
+    lines = [
+        "| dtype | to rank | share of issue slots | to write | share of issue slots |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for element in (*ELEMENTS, *FLOAT8):
+        size = element_bytes(element)
+        rank = "rank SumOfSquares " + ("float8" if element in FLOAT8 else element)
+        in_flight = constant("norms.cu", "kVectorLoads") * (8 if element in FLOAT8 else 16) // size
+        # Of runs and of columns; those that count what is not zero take more.
+        lengths = sorted(len(loop) / in_flight for loop in hot_loops(rank, machine_code[rank]))[:2]
+        ranked = " to ".join(sorted({f"{length:.1f}" for length in lengths}))
+        written = instructions_to_write(element, machine_code[f"write {element}"])
+        lines.append(
+            f"| {element} | {ranked} | {issue_share(max(lengths), size):.2f} "
+            f"| {written:.1f} | {issue_share(written, 3 * size):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def resource_table(nvcc: pathlib.Path, folder: pathlib.Path) -> str:
     """Registers, blocks and loads in flight of each family of kernels on sm_90, as Markdown."""
-    nvcc = find_nvcc()
-    assert nvcc is not None, "no nvcc on this machine"
     threads_of_a_block = constant("launches.h", "kThreads")
     families: list[tuple[str, list[str], int]] = []
     for element in (*ELEMENTS, "float8"):
@@ -588,19 +665,28 @@ def resource_table() -> str:
         "| kernels | registers | shared, bytes | blocks | KiB in flight |",
         "|---|---:|---:|---:|---:|",
     ]
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        used = read_report(compile_kernels(nvcc, sorted(KERNELS.glob("*.cu")), folder))["sm_90"]
-        blocks_of = occupancy_of(nvcc, folder)
-        for family, kernels, threads in families:
-            rows = [used[kernel] for kernel in kernels]
-            blocks = blocks_of(rows, threads)
-            flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
-            cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
-            cells.append("" if kernels[0] in ("select", *ROOT, *ZERO) else spread(flight))
-            lines.append(f"| {family} | {' | '.join(cells)} |")
+    used = read_report(compile_kernels(nvcc, sorted(KERNELS.glob("*.cu")), folder))["sm_90"]
+    blocks_of = occupancy_of(nvcc, folder)
+    for family, kernels, threads in families:
+        rows = [used[kernel] for kernel in kernels]
+        blocks = blocks_of(rows, threads)
+        flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
+        cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
+        cells.append("" if kernels[0] in ("select", *ROOT, *ZERO) else spread(flight))
+        lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def main() -> None:
+    nvcc = find_nvcc()
+    assert nvcc is not None, "no nvcc on this machine"
+    cuobjdump = find_cuobjdump(nvcc)
+    assert cuobjdump is not None, "no cuobjdump on this machine"
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        print(resource_table(nvcc, folder), end="\n\n")
+        print(instruction_table(read_machine_code(disassemble(cuobjdump, folder))["sm_90"]))
+
+
 if __name__ == "__main__":
-    print(resource_table())
+    main()

@@ -247,7 +247,7 @@ BARRIER = "__syncthreads();"
 MISALIGNED = "misaligned vector"
 OTHER_ORDER = "another scheduling order"
 SELECTION_TICKET = "  if (!draws_last(ticket, task.selection_strips, shared_last)) return;\n"
-START_OF_WRITING = "  if (task.elements <= 0xffffffffll) {\n    write_tile_of"
+START_OF_WRITING = "  if (task.elements <= 0x7fffffffll) {\n    write_tile_of"
 
 BUGS = {
     "column_sums_read_before_a_barrier": Bug(

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "../ops.h"
@@ -30,54 +31,25 @@ Tensor new_bytes(int32_t device, size_t bytes) {
   return Tensor(handle);
 }
 
-// The tickets of a stream, on which calls follow one another: zero between any two, so that one
-// memory serves all of them.
-class Tickets {
- public:
-  Tickets(int32_t device, cudaStream_t stream) : device_(device), stream_(stream) {
-    // Unlike its handle the number of a stream is not used again.
-    check(cudaStreamGetId(stream, &id_), "cudaStreamGetId");
-  }
-
-  // At least `count` zeros. Memory that another thread replaces meanwhile lives as long as the
-  // result.
-  Tensor get(size_t count) const {
-    constexpr size_t kFewest = 1024;
-    const size_t bytes = std::max(2 * count, kFewest) * sizeof(unsigned);
-    const std::lock_guard<std::mutex> lock(store().mutex);
-    const auto found = store().tensors.find({device_, id_});
-    if (found != store().tensors.end() &&
-        found->second.numel() >= static_cast<int64_t>(count * sizeof(unsigned))) {
-      return found->second;
-    }
-    Tensor zeros = new_bytes(device_, bytes);
-    check(cudaMemsetAsync(zeros.mutable_data_ptr(), 0, bytes, stream_), "cudaMemsetAsync");
-    store().tensors.insert_or_assign({device_, id_}, zeros);
-    return zeros;
-  }
-
-  // After launches of which some did not run, and tickets of theirs may be drawn.
-  void forget() const {
-    const std::lock_guard<std::mutex> lock(store().mutex);
-    store().tensors.erase({device_, id_});
-  }
-
- private:
-  struct Store {
-    std::mutex mutex;
-    std::map<std::pair<int32_t, unsigned long long>, Tensor> tensors;
-  };
-
-  // Never destroyed: at the end of the process CUDA may be gone before it.
-  static Store& store() {
-    static Store* const store = new Store;
-    return *store;
-  }
-
-  int32_t device_;
-  cudaStream_t stream_;
-  unsigned long long id_ = 0;
+// The tickets of a stream, on which launches follow one another: zero before and after each call,
+// so that one memory serves all of them. Calls of several threads take turns at enqueuing.
+struct StreamTickets {
+  std::mutex mutex;
+  size_t count = 0;  // of tickets in `memory`, all zero once what is enqueued has run
+  std::optional<Tensor> memory;
 };
+
+// Unlike its handle the number of a stream is not used again.
+StreamTickets& tickets_of(int32_t device, cudaStream_t stream) {
+  using Key = std::pair<int32_t, unsigned long long>;
+  // Never destroyed: at the end of the process CUDA may be gone before them.
+  static auto* const mutex = new std::mutex;
+  static auto* const all = new std::map<Key, StreamTickets>;
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+  const std::lock_guard<std::mutex> lock(*mutex);
+  return (*all)[{device, id}];
+}
 
 struct CudaBackend {
   static int32_t device_type() { return aoti_torch_device_type_cuda(); }
@@ -118,11 +90,22 @@ struct CudaBackend {
       check(launches.run(memory.data(), nullptr, stream), "a launch");
       return;
     }
-    const Tickets tickets(device, stream);
-    Tensor zeros = tickets.get(launches.tickets());
-    const cudaError_t error =
-        launches.run(memory.data(), static_cast<unsigned*>(zeros.mutable_data_ptr()), stream);
-    if (error != cudaSuccess) tickets.forget();
+    StreamTickets& tickets = tickets_of(device, stream);
+    const std::lock_guard<std::mutex> lock(tickets.mutex);
+    if (tickets.count < launches.tickets()) {
+      constexpr size_t kFewest = 1024;
+      const size_t count = std::max(2 * launches.tickets(), kFewest);
+      tickets.count = 0;
+      tickets.memory = new_bytes(device, count * sizeof(unsigned));
+      check(
+          cudaMemsetAsync(tickets.memory->mutable_data_ptr(), 0, count * sizeof(unsigned), stream),
+          "cudaMemsetAsync");
+      tickets.count = count;
+    }
+    auto* const drawn = static_cast<unsigned*>(tickets.memory->mutable_data_ptr());
+    const cudaError_t error = launches.run(memory.data(), drawn, stream);
+    // Of launches of which some did not run, tickets may stay drawn.
+    if (error != cudaSuccess) tickets.count = 0;
     check(error, "a launch");
   }
 
