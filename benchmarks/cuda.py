@@ -17,7 +17,7 @@ from torch import Tensor
 import lnprune
 from benchmarks import calls, cuda_report, report
 from benchmarks.cuda_timing import Gpu, count_launches, peak_bytes
-from benchmarks.predictions import PRUNE_LAUNCHES, RANK_LAUNCHES, predicted_seconds
+from benchmarks.predictions import predicted_seconds, prune_launches, rank_launches
 from benchmarks.report import Row
 from benchmarks.shapes import (
     DTYPES,
@@ -169,7 +169,7 @@ class Benchmark:
                 "torch": Peer(lambda _, w=weight, c=case: calls.torch_norm(w, c)),
             }
             timings = self.gpu.interleaved(peers, self.budget)
-            figures = self.figures(timings, case.bytes, 0, RANK_LAUNCHES)
+            figures = self.figures(timings, case.bytes, 0, rank_launches())
             yield report.case_row(case, fault) | figures | {"error": error}
 
     def whole(self) -> Iterator[Row]:
@@ -187,7 +187,8 @@ class Benchmark:
             peers = {name: Peer(calls.prune_with(call, case), make) for name, call in calls.PRUNERS.items()}
             timings = self.gpu.interleaved(peers, self.budget)
             # Read to rank and to mask; mask and masked weight written.
-            figures = self.figures(timings, 2 * case.bytes, 2 * case.bytes, PRUNE_LAUNCHES)
+            launches = prune_launches([case.shape[case.dim]])
+            figures = self.figures(timings, 2 * case.bytes, 2 * case.bytes, launches)
             yield report.case_row(case, fault) | figures
 
     def lists(self) -> Iterator[Row]:
@@ -203,7 +204,8 @@ class Benchmark:
                 }
                 timings = self.gpu.interleaved(peers, LIST_BUDGETS * self.budget)
                 row = list_row(name, grid, fault)
-                yield row | self.figures(timings, 2 * row["bytes"], 2 * row["bytes"], PRUNE_LAUNCHES)
+                launches = prune_launches([case.shape[case.dim] for case in grid])
+                yield row | self.figures(timings, 2 * row["bytes"], 2 * row["bytes"], launches)
 
     def repeated(self) -> Iterator[Row]:
         """The second ``ln_structured`` on a module."""
@@ -220,7 +222,8 @@ class Benchmark:
             peers = {name: Peer(calls.prune_with(call, case), make) for name, call in calls.PRUNERS.items()}
             timings = self.gpu.interleaved(peers, self.budget)
             # Read: weight and mask to rank, mask and original to write.
-            figures = self.figures(timings, 4 * case.bytes, 2 * case.bytes, PRUNE_LAUNCHES)
+            launches = prune_launches([case.shape[case.dim]], repeated=True)
+            figures = self.figures(timings, 4 * case.bytes, 2 * case.bytes, launches)
             yield report.case_row(case, fault) | figures
 
     def small(self) -> Iterator[Row]:

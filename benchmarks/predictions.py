@@ -26,11 +26,37 @@ from benchmarks.shapes import (
 H200_COPY_BYTES_PER_SECOND = 4.3e12
 EFFICIENCY = 0.9
 LAUNCH_SECONDS = 4.5e-6
-# Before the first launch their table is copied to the device, which takes as long as a launch.
-TABLE_COPIES = 1
+# Of the selection: a load that finds its data in the L2 cache, and a pass over the keys that the threads
+# of a block hold. Both are about a thousand cycles.
+ROUND_TRIP_SECONDS = 0.5e-6
+PASS_SECONDS = 0.5e-6
+PASSES = 3  # the range of the keys, and two histograms
+# What a multiprocessor receives from the L2 cache: 64 bytes a cycle of 1.98 GHz.
+BLOCK_BYTES_PER_SECOND = 64 * 1.98e9
+# How often the select step's own kernel reads every norm, if they are more than a block holds.
+READINGS = 3
 
-RANK_LAUNCHES = 1
-PRUNE_LAUNCHES = 3
+# As in csrc/cuda/launches.h: what the rank step selects from itself, what a block of the select step holds,
+# and how many tensors the table of one launch describes.
+MOST_CHANNELS_OF_RANK = 4096
+CHANNELS_OF_SELECT_BLOCK = 8192
+RANK_TENSORS = 190
+SELECT_TENSORS = 629
+WRITE_TENSORS = 327
+ZERO_TENSORS = 430
+
+
+def rank_launches(tensors: int = 1) -> int:
+    """Of norms of a list of one dtype."""
+    return math.ceil(tensors / RANK_TENSORS)
+
+
+def prune_launches(channels: list[int], *, repeated: bool = False, in_place: bool = False) -> int:
+    """Of a call on a list of one dtype, whose tensors have so many channels."""
+    ranked = len(channels) * (2 if repeated else 1)
+    large = sum(count > MOST_CHANNELS_OF_RANK for count in channels)
+    third = math.ceil(len(channels) / (ZERO_TENSORS if in_place else WRITE_TENSORS))
+    return rank_launches(ranked) + math.ceil(large / SELECT_TENSORS) + third
 
 
 def predicted_seconds(
@@ -38,11 +64,20 @@ def predicted_seconds(
 ) -> float:
     """Device time of a call: a fixed cost for each launch, and the bytes at nine tenths of a copy's speed.
 
-    ``launches`` counts kernels; the copy of their table is added here. ``copy_bytes_per_second`` counts
-    bytes read plus bytes written of a copy within the device's memory.
+    ``copy_bytes_per_second`` counts bytes read plus bytes written of a copy within the device's memory.
     """
-    fixed = (launches + TABLE_COPIES) * LAUNCH_SECONDS
-    return fixed + (bytes_read + bytes_written) / (EFFICIENCY * copy_bytes_per_second)
+    return launches * LAUNCH_SECONDS + (bytes_read + bytes_written) / (EFFICIENCY * copy_bytes_per_second)
+
+
+def predicted_selection_seconds(channels: int) -> float:
+    """The selection of one tensor from its norms, by one block, its launch included where it has one."""
+    flags = PASS_SECONDS / 2
+    if channels <= MOST_CHANNELS_OF_RANK:
+        return ROUND_TRIP_SECONDS + PASSES * PASS_SECONDS + flags
+    tiles = math.ceil(channels / CHANNELS_OF_SELECT_BLOCK)
+    reading = max(8 * channels / BLOCK_BYTES_PER_SECOND, tiles * ROUND_TRIP_SECONDS)
+    readings = 1 if tiles == 1 else READINGS
+    return LAUNCH_SECONDS + readings * reading + PASSES * PASS_SECONDS + ROUND_TRIP_SECONDS + flags
 
 
 class Prediction(NamedTuple):
@@ -64,23 +99,28 @@ class Prediction(NamedTuple):
 
 def ranking(name: str, weight_bytes: int) -> Prediction:
     """Norms: every weight is read once."""
-    return Prediction(f"norms, {name}", weight_bytes, 0, RANK_LAUNCHES)
+    return Prediction(f"norms, {name}", weight_bytes, 0, rank_launches())
 
 
-def pruning(name: str, weight_bytes: int) -> Prediction:
+def pruning(name: str, weight_bytes: int, channels: list[int]) -> Prediction:
     """A first call: weights are read to rank and to write, masks and masked weights written."""
-    return Prediction(f"first call, {name}", 2 * weight_bytes, 2 * weight_bytes, PRUNE_LAUNCHES)
+    launches = prune_launches(channels)
+    return Prediction(f"first call, {name}", 2 * weight_bytes, 2 * weight_bytes, launches)
 
 
-def pruning_again(name: str, weight_bytes: int) -> Prediction:
+def pruning_again(name: str, weight_bytes: int, channels: list[int]) -> Prediction:
     """A repeated call: weight and mask are read to rank, mask and original to write; two are written."""
-    return Prediction(f"repeated call, {name}", 4 * weight_bytes, 2 * weight_bytes, PRUNE_LAUNCHES)
+    launches = prune_launches(channels, repeated=True)
+    return Prediction(f"repeated call, {name}", 4 * weight_bytes, 2 * weight_bytes, launches)
 
 
-def pruning_in_place(name: str, weight_bytes: int, pruned_share: float = 0.5) -> Prediction:
+def pruning_in_place(
+    name: str, weight_bytes: int, channels: list[int], pruned_share: float = 0.5
+) -> Prediction:
     """Pruning in place: weights are read to rank, and the pruned part of them is written."""
     written = round(pruned_share * weight_bytes)
-    return Prediction(f"in place, {name}", weight_bytes, written, PRUNE_LAUNCHES)
+    launches = prune_launches(channels, in_place=True)
+    return Prediction(f"in place, {name}", weight_bytes, written, launches)
 
 
 def predictions() -> Iterator[Prediction]:
@@ -90,8 +130,18 @@ def predictions() -> Iterator[Prediction]:
     def named(shape: Shape, dtype: torch.dtype) -> tuple[str, int]:
         return f"{shape_name(shape)} {dtype_name(dtype)}", math.prod(shape) * dtype.itemsize
 
-    def total(shapes: list[tuple[int, Shape]], dtype: torch.dtype) -> int:
-        return sum(count * math.prod(shape) for count, shape in shapes) * dtype.itemsize
+    def pruned(shape: Shape, dtype: torch.dtype) -> tuple[str, int, list[int]]:
+        return *named(shape, dtype), [shape[0]]
+
+    def all_of(
+        name: str, shapes: list[tuple[int, Shape]], dtype: torch.dtype
+    ) -> tuple[str, int, list[int]]:
+        elements = sum(count * math.prod(shape) for count, shape in shapes)
+        channels = [shape[0] for count, shape in shapes for _ in range(count)]
+        return f"{name}, {dtype_name(dtype)}, one list", elements * dtype.itemsize, channels
+
+    resnet50 = all_of("54 weights of ResNet-50", RESNET50, torch.float32)
+    transformer = all_of("224 matrices of a 7B transformer", TRANSFORMER_7B, torch.bfloat16)
 
     for size in (quarter, whole):
         for dtype in (torch.float32, torch.bfloat16):
@@ -99,21 +149,17 @@ def predictions() -> Iterator[Prediction]:
                 yield ranking(*named(shape, dtype))
     for size in (quarter, whole):
         for dtype in (torch.float32, torch.bfloat16):
-            yield pruning(*named(matrix_of(size, dtype), dtype))
-    yield pruning_again(*named(matrix_of(quarter, torch.float32), torch.float32))
-    yield pruning(*named((4096, 4096), torch.float32))
-    yield pruning("54 weights of ResNet-50, float32, one list", total(RESNET50, torch.float32))
-    yield pruning(
-        "224 matrices of a 7B transformer, bfloat16, one list", total(TRANSFORMER_7B, torch.bfloat16)
-    )
-    yield pruning(*named((64, 64), torch.float32))
+            yield pruning(*pruned(matrix_of(size, dtype), dtype))
+    yield pruning_again(*pruned(matrix_of(quarter, torch.float32), torch.float32))
+    yield pruning(*pruned((4096, 4096), torch.float32))
+    yield pruning(*resnet50)
+    yield pruning(*transformer)
+    yield pruning(*pruned((64, 64), torch.float32))
     for size in (quarter, whole):
         for dtype in (torch.float32, torch.bfloat16):
-            yield pruning_in_place(*named(matrix_of(size, dtype), dtype))
-    yield pruning_in_place("54 weights of ResNet-50, float32, one list", total(RESNET50, torch.float32))
-    yield pruning_in_place(
-        "224 matrices of a 7B transformer, bfloat16, one list", total(TRANSFORMER_7B, torch.bfloat16)
-    )
+            yield pruning_in_place(*pruned(matrix_of(size, dtype), dtype))
+    yield pruning_in_place(*resnet50)
+    yield pruning_in_place(*transformer)
 
 
 def table() -> str:
@@ -129,5 +175,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def selection_table() -> str:
+    """The selection of one tensor as Markdown."""
+    lines = ["| channels | by | predicted, µs |", "|---:|---|---:|"]
+    for channels in (64, MOST_CHANNELS_OF_RANK, 8192, 16_384, 128_256):
+        by = "the rank step" if channels <= MOST_CHANNELS_OF_RANK else "a launch of its own"
+        lines.append(f"| {channels:,} | {by} | {predicted_selection_seconds(channels) * 1e6:.0f} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), selection_table(), sep="\n\n")

@@ -16,7 +16,7 @@ from torch.utils import cpp_extension
 from lnprune import ops
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KERNELS = ("launches.cpp", "norms.cu", "topk.cu", "masks.cu", "upload.cu")
+KERNELS = ("launches.cpp", "norms.cu", "topk.cu", "masks.cu")
 OPS = (
     *("channel_norms", "channel_sums", "norms_of_sums", "select_channels", "write_masks"),
     *("prune_channels", "zero_channels_", "prune_channels_"),
@@ -86,17 +86,16 @@ def manual_seed(seed: int) -> None:
     _random.seed(seed)
 
 
-def set_order(module: Any, schedule: int, *, recording: bool) -> None:
-    """How the next calls run: in which order, and whether as on a stream that records a graph."""
+def set_order(module: Any, schedule: int) -> None:
+    """The order in which the next calls run."""
     module.set_schedule(schedule, _random.getrandbits(64))
-    module.set_recording(recording)
 
 
 def in_any_order(module: Any, op: Any) -> Any:
     """The op, each call in a scheduling order of threads and blocks chosen at random."""
 
     def run(*arguments: Any) -> Any:
-        set_order(module, _random.randrange(module.schedules), recording=_random.random() < 0.3)
+        set_order(module, _random.randrange(module.schedules))
         return op(*arguments)
 
     return run
@@ -123,7 +122,7 @@ def in_every_order(module: Any, op: Any) -> Any:
                 for tensor, held in zip(in_place, before, strict=True):
                     # Of no concern to autograd, nor to the counter of versions.
                     tensor.data.view(held.dtype).copy_(held)
-            set_order(module, schedule, recording=schedule == 1)
+            set_order(module, schedule)
             result = op(*arguments)
             results.append([cases.bits(tensor) for tensor in in_place] if places else result)
         for result in results[1:]:

@@ -1,11 +1,12 @@
 """What the real compiler makes of the CUDA kernels: resources, machine code, loads in flight.
 
-``python tests/test_cuda_compiler.py`` prints the table of resources that stands in docs/cuda.md.
+``python tests/test_cuda_compiler.py`` prints the tables of resources and of instructions in docs/cuda.md.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import heapq
 import importlib.util
 import os
 import pathlib
@@ -34,6 +35,13 @@ RANK = [f"rank {norm} {element}" for norm in NORMS for element in (*ELEMENTS, "f
 WRITE = [f"write {element}" for element in (*ELEMENTS, *FLOAT8)]
 ROOT = [f"root {norm}" for norm in NORMS]
 ZERO = [f"zero uint{bits}" for bits in (64, 32, 16, 8)]
+FEW = [*RANK, *ROOT, "select", *WRITE, *ZERO]
+
+
+def with_many(kernels: list[str]) -> list[str]:
+    """The kernels, and those of the same code whose tables hold many tasks."""
+    return [*kernels, *(f"many {kernel}" for kernel in kernels)]
+
 
 # What an H200 has, for cuda_occupancy.h; a line of input is "registers, bytes of shared memory, threads".
 OCCUPANCY = """
@@ -99,7 +107,6 @@ class Instruction(NamedTuple):
 Code = list[Instruction]
 
 MEMORY = r"(?:LD|LDG|LDL|LDS|LDSM|ST|STG|STL|STS|ATOM|ATOMG|ATOMS|RED)\b"
-SHARED = r"(?:LDS|LDSM|STS|ATOMS)\b"
 
 
 # --- The tools ------------------------------------------------------------------------------------------
@@ -147,20 +154,24 @@ def kernel_of(symbol: str) -> str:
         name = named[1] if named else mangled
         return names.get(name, name.lower())
 
-    rank = re.search(r"\d+rank_kernelINS_\d+([A-Za-z]+?)E(\w+?)EEvP", symbol)
+    # The first name in a mangled list of arguments, and where it matters the type after it.
+    few = symbol.replace("Li32764E", "Li4096E")
+    many = "many " if few != symbol else ""
+    table = r"NS0_5TableI.*?Li4096EEE"
+    rank = re.search(rf"\d+rank_kernelINS\d?_\d+([A-Za-z]+?)E(\w+?){table}EEvT", few)
     if rank:
-        return f"rank {rank[1]} {element(rank[2])}"
-    root = re.search(r"\d+root_kernelINS_\d+([A-Za-z]+?)EEEvP", symbol)
+        return f"{many}rank {rank[1]} {element(rank[2])}"
+    root = re.search(rf"\d+root_kernelINS\d?_\d+([A-Za-z]+?)E{table}EEvT", few)
     if root:
-        return f"root {root[1]}"
-    write = re.search(r"\d+write_kernelI(\w+?)EEvP", symbol)
+        return f"{many}root {root[1]}"
+    write = re.search(rf"\d+write_kernelI(\w+?){table}EEvT", few)
     if write:
-        return f"write {element(write[1])}"
-    zero = re.search(r"\d+zero_kernelI(\w)EEvP", symbol)
+        return f"{many}write {element(write[1])}"
+    zero = re.search(rf"\d+zero_kernelI(\w){table}EEvT", few)
     if zero:
-        return f"zero uint{ {'h': 8, 't': 16, 'j': 32, 'm': 64}[zero[1]] }"
+        return f"{many}zero uint{ {'h': 8, 't': 16, 'j': 32, 'm': 64}[zero[1]] }"
     other = re.search(r"\d([a-z]+)_kernel", symbol)
-    return other[1] if other else symbol
+    return f"{many}{other[1]}" if other else symbol
 
 
 def read_report(report: str) -> dict[str, dict[str, Resources]]:
@@ -238,6 +249,46 @@ def loads_used_early(kernel: str, loop: Code) -> list[str]:
             first = int(re.search(r"\bR(\d+)\b", instruction.text)[1])
             loaded |= set(range(first, first + width))
     return early
+
+
+def fewest_instructions(code: Code, loads: int, stores: int) -> int:
+    """On the shortest path through a kernel with so many loads and stores of vectors of 16 bytes.
+
+    Whether the conditions on it can hold together is not asked. Calls are not followed.
+    """
+    places = {instruction.address: place for place, instruction in enumerate(code)}
+    # Instructions so far, place, vectors loaded and stored, and where each barrier of branches leads.
+    paths: list[tuple[int, int, int, int, tuple[tuple[str, int], ...]]] = [(0, 0, 0, 0, ())]
+    seen = set()
+    while paths:
+        length, place, loaded, stored, barriers = heapq.heappop(paths)
+        if (place, loaded, stored, barriers) in seen or loaded > loads or stored > stores:
+            continue
+        seen.add((place, loaded, stored, barriers))
+        operation, text = code[place].operation, code[place].text
+        kind = operation.split(".")[0]
+        if kind == "EXIT" and (loaded, stored) == (loads, stores):
+            return length + 1
+        led, after = dict(barriers), place + 1
+        if kind == "BSSY":
+            led[re.search(r"\bB\d+", text)[0]] = int(text.split("0x")[1].rstrip(" ;"), 16)
+        elif kind == "BSYNC":
+            after = places[led.pop(re.search(r"\bB\d+", text)[0])]
+        elif kind == "BRA":
+            after = places[int(text.split("0x")[1].rstrip(" ;"), 16)]
+        if kind not in ("EXIT", "CALL", "RET", "BRX"):
+            wide = ".128" in operation
+            now = loaded + (wide and kind == "LDG"), stored + (wide and kind == "STG")
+            heapq.heappush(paths, (length + 1, after, *now, tuple(sorted(led.items()))))
+        if re.match(r"@|BRA\S* !?U?P\d", text):
+            heapq.heappush(paths, (length + 1, place + 1, loaded, stored, barriers))
+    raise AssertionError(f"no path has {loads} loads and {stores} stores of vectors")
+
+
+def issue_share(instructions: float, bytes_moved: int) -> float:
+    """Of what an H200 can issue while an element's bytes move, by the assumptions of docs/cuda.md."""
+    elements_per_cycle = 0.9 * 4.3e12 / (132 * 1.98e9) / bytes_moved
+    return instructions * elements_per_cycle / (32 * 4)  # four warps in a cycle
 
 
 # --- What is compiled, once -----------------------------------------------------------------------------
@@ -321,6 +372,10 @@ def constant(file: str, name: str) -> int:
     return int(re.search(rf"constexpr int {name} = (\d+);", (KERNELS / file).read_text())[1])
 
 
+def element_bytes(element: str) -> int:
+    return {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}.get(element, 1)
+
+
 def loads_in_flight(kernel: str, blocks: int) -> int:
     """Bytes that the threads of a multiprocessor ask for before they use any."""
     step, element = kernel.split()[0], kernel.split()[-1]
@@ -335,7 +390,7 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_compiled(resources, architecture):
-    assert sorted(resources[architecture]) == sorted([*RANK, *ROOT, "select", *WRITE, *ZERO, "upload"])
+    assert sorted(resources[architecture]) == sorted(with_many(FEW))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -350,10 +405,10 @@ def test_no_kernel_spills_registers_or_has_a_stack(resources, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_instruction_uses_local_memory(machine_code, architecture):
     uses = {kernel: count(code, r"(?:LDL|STL)\b") for kernel, code in machine_code[architecture].items()}
-    assert uses == dict.fromkeys([*RANK, *ROOT, "select", *WRITE, *ZERO, "upload"], 0)
+    assert uses == dict.fromkeys(with_many(FEW), 0)
 
 
-@pytest.mark.parametrize("kernel", RANK)
+@pytest.mark.parametrize("kernel", with_many(RANK))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_ranking_loops_load_whole_vectors(machine_code, architecture, kernel):
     code = machine_code[architecture][kernel]
@@ -365,7 +420,7 @@ def test_ranking_loops_load_whole_vectors(machine_code, architecture, kernel):
     assert sum(loads) == count(code, wide_load(kernel))
 
 
-@pytest.mark.parametrize("kernel", RANK)
+@pytest.mark.parametrize("kernel", with_many(RANK))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_loads_of_a_ranking_loop_are_in_flight_together(machine_code, architecture, kernel):
     loops = hot_loops(kernel, machine_code[architecture][kernel])
@@ -373,7 +428,7 @@ def test_the_loads_of_a_ranking_loop_are_in_flight_together(machine_code, archit
     assert [loads_used_early(kernel, loop) for loop in loops] == [[]] * len(loops)
 
 
-@pytest.mark.parametrize("kernel", RANK)
+@pytest.mark.parametrize("kernel", with_many(RANK))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_ranking_loops_touch_no_other_memory(machine_code, architecture, kernel):
     loops = hot_loops(kernel, machine_code[architecture][kernel])
@@ -382,12 +437,11 @@ def test_ranking_loops_touch_no_other_memory(machine_code, architecture, kernel)
     accesses = {
         name for name in operations if re.match(MEMORY, name) and not re.match(wide_load(kernel), name)
     }
-    assert {name for name in accesses if re.match(SHARED, name)} == set()
-    # What the bits of float8 stand for is looked up in a table in device memory.
-    assert accesses <= ({"LD.E", "LDG.E", "LDG.E.CONSTANT"} if kernel.endswith("float8") else set())
+    # What the bits of float8 stand for is looked up in a table of the block.
+    assert accesses <= ({"LDS"} if kernel.endswith("float8") else set())
 
 
-@pytest.mark.parametrize("kernel", WRITE)
+@pytest.mark.parametrize("kernel", with_many(WRITE))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_writing_loads_and_stores_whole_vectors(machine_code, architecture, kernel):
     code = machine_code[architecture][kernel]
@@ -397,25 +451,37 @@ def test_writing_loads_and_stores_whole_vectors(machine_code, architecture, kern
     assert count(code, r"STG\.E\.(?:\w+\.)*128") >= expected
 
 
-@pytest.mark.parametrize("kernel", ZERO)
+# Where the elements of a vector are kept or pruned together, and there is no old mask.
+def instructions_to_write(element: str, code: Code) -> float:
+    vectors = constant("masks.cu", "kVectorsPerThread")
+    return fewest_instructions(code, vectors, 2 * vectors) * element_bytes(element) / (16 * vectors)
+
+
+@pytest.mark.parametrize("element", [*ELEMENTS, *FLOAT8])
+def test_what_writing_takes_hides_under_its_bytes(machine_code, element):
+    needed = instructions_to_write(element, machine_code["sm_90"][f"write {element}"])
+    share = issue_share(needed, 3 * element_bytes(element))  # the mask, and the weight read and written
+    assert 0.05 < share < (0.8 if element in FLOAT8 else 0.4)
+
+
+@pytest.mark.parametrize("kernel", with_many(ZERO))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_zeroing_stores_whole_vectors_and_loads_flags(machine_code, architecture, kernel):
     code = machine_code[architecture][kernel]
     # For positions of 32 and of 64 bits.
     assert count(code, r"STG\.E\.(?:\w+\.)*128") == 2 * constant("masks.cu", "kVectorsPerThread")
     loads = {instruction.operation for instruction in code if count([instruction], r"(?:LD|LDG)\b")}
-    # The task of the block, in its 8-byte parts, and flags.
-    assert {name for name in loads if not re.match(r"LDG?\.E\.(?:64|U8)\b", name)} == set()
+    assert {name for name in loads if not re.match(r"LDG?\.E\.U8\b", name)} == set()
 
 
-@pytest.mark.parametrize("kernel", ZERO)
+@pytest.mark.parametrize("kernel", with_many(ZERO))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flags_to_zero_by_are_in_flight_together(machine_code, architecture, kernel):
     stores = r"(?:ST|STG)\b"
     loops = [loop for loop in innermost_loops(machine_code[architecture][kernel]) if count(loop, stores)]
     assert len(loops) == 2  # of single elements: for positions of 32 and of 64 bits
     for loop in loops:
-        elements = 128 // int(kernel.removeprefix("zero uint"))
+        elements = 128 // int(kernel.split("uint")[1])
         first = next(at for at, instruction in enumerate(loop) if count([instruction], stores))
         assert count(loop[:first], r"LDG?\.E\.U8\b") == count(loop[first:], stores) == elements
         assert count(loop[first:], r"(?:LD|LDG)\b") == 0
@@ -558,10 +624,29 @@ def spread(values: list[int]) -> str:
     return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
-def resource_table() -> str:
+def instruction_table(machine_code: dict[str, Code]) -> str:
+    """Instructions per element of the rank step's loops for p = 2 and of the write step, as Markdown."""
+    lines = [
+        "| dtype | to rank | share of issue slots | to write | share of issue slots |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for element in (*ELEMENTS, *FLOAT8):
+        size = element_bytes(element)
+        rank = "rank SumOfSquares " + ("float8" if element in FLOAT8 else element)
+        in_flight = constant("norms.cu", "kVectorLoads") * (8 if element in FLOAT8 else 16) // size
+        # Of runs and of columns; those that count what is not zero take more.
+        lengths = sorted(len(loop) / in_flight for loop in hot_loops(rank, machine_code[rank]))[:2]
+        ranked = " to ".join(sorted({f"{length:.1f}" for length in lengths}))
+        written = instructions_to_write(element, machine_code[f"write {element}"])
+        lines.append(
+            f"| {element} | {ranked} | {issue_share(max(lengths), size):.2f} "
+            f"| {written:.1f} | {issue_share(written, 3 * size):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def resource_table(nvcc: pathlib.Path, folder: pathlib.Path) -> str:
     """Registers, blocks and loads in flight of each family of kernels on sm_90, as Markdown."""
-    nvcc = find_nvcc()
-    assert nvcc is not None, "no nvcc on this machine"
     threads_of_a_block = constant("launches.h", "kThreads")
     families: list[tuple[str, list[str], int]] = []
     for element in (*ELEMENTS, "float8"):
@@ -571,7 +656,7 @@ def resource_table() -> str:
                 (f"rank {element}, {orders}", [f"rank {n} {element}" for n in norms], threads_of_a_block)
             )
     families.append(("root", ROOT, threads_of_a_block))
-    families.append(("select", ["select"], constant("topk.cu", "kSelectThreads")))
+    families.append(("select", ["select"], constant("launches.h", "kSelectThreads")))
     families += [(f"write {element}", [f"write {element}"], threads_of_a_block) for element in ELEMENTS]
     families.append(("write float8", [f"write {element}" for element in FLOAT8], threads_of_a_block))
     families.append(("zero, elements of 1, 2, 4 or 8 bytes", ZERO, threads_of_a_block))
@@ -580,19 +665,28 @@ def resource_table() -> str:
         "| kernels | registers | shared, bytes | blocks | KiB in flight |",
         "|---|---:|---:|---:|---:|",
     ]
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        used = read_report(compile_kernels(nvcc, sorted(KERNELS.glob("*.cu")), folder))["sm_90"]
-        blocks_of = occupancy_of(nvcc, folder)
-        for family, kernels, threads in families:
-            rows = [used[kernel] for kernel in kernels]
-            blocks = blocks_of(rows, threads)
-            flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
-            cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
-            cells.append("" if kernels[0] in ("select", *ROOT, *ZERO) else spread(flight))
-            lines.append(f"| {family} | {' | '.join(cells)} |")
+    used = read_report(compile_kernels(nvcc, sorted(KERNELS.glob("*.cu")), folder))["sm_90"]
+    blocks_of = occupancy_of(nvcc, folder)
+    for family, kernels, threads in families:
+        rows = [used[kernel] for kernel in kernels]
+        blocks = blocks_of(rows, threads)
+        flight = [loads_in_flight(k, b) // 1024 for k, b in zip(kernels, blocks, strict=True)]
+        cells = [spread([r.registers for r in rows]), spread([r.shared for r in rows]), spread(blocks)]
+        cells.append("" if kernels[0] in ("select", *ROOT, *ZERO) else spread(flight))
+        lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def main() -> None:
+    nvcc = find_nvcc()
+    assert nvcc is not None, "no nvcc on this machine"
+    cuobjdump = find_cuobjdump(nvcc)
+    assert cuobjdump is not None, "no cuobjdump on this machine"
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        print(resource_table(nvcc, folder), end="\n\n")
+        print(instruction_table(read_machine_code(disassemble(cuobjdump, folder))["sm_90"]))
+
+
 if __name__ == "__main__":
-    print(resource_table())
+    main()

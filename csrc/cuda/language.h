@@ -26,6 +26,11 @@ struct alignas(kBytes) Vector {
 
 #if !defined(LNPRUNE_EMULATED_CUDA)
 
+// A large parameter of a kernel: read where the launch put it, never copied.
+#define LNPRUNE_PARAMETER(Type, name) const __grid_constant__ Type name
+template <class T>
+using Parameter = const T;
+
 // An array in the memory of the block.
 #define LNPRUNE_SHARED(Type, name, count) __shared__ Type name[count]
 
@@ -72,9 +77,9 @@ __device__ __forceinline__ T load_from_other_blocks(const T* address) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
-                   Arguments... arguments) {
+                   const Arguments&... arguments) {
   static_assert((std::is_same_v<Parameters, Arguments> && ...), "arguments are passed by address");
-  void* addresses[] = {&arguments...};
+  void* addresses[] = {const_cast<Arguments*>(&arguments)...};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
                           dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
                           addresses, 0, stream);

@@ -1,8 +1,7 @@
-// How tensors are cut into blocks, the tables that say so, and the order of the launches.
+// How tensors are cut into blocks, and the order of the launches.
 #include "launches.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 namespace lnprune::cuda {
@@ -54,19 +53,19 @@ void cut_runs(RankTask& task, const Slices& slices, int64_t bytes) {
   const bool has_one_run = slices.outer * slices.channels == 1;
   cut.rows = slices.outer;
   cut.row_elements = slices.row();
-  cut.run_per_chunk = std::min(slices.inner, kRunChunk);
-  cut.run_chunks = divide_up(slices.inner, cut.run_per_chunk);
-  cut.rows_per_chunk =
-      is_uneven(slices, bytes) ? 1 : std::max<int64_t>(1, kRunChunk / slices.inner);
+  cut.run_per_chunk = static_cast<int>(std::min(slices.inner, kRunChunk));
+  cut.run_chunks = static_cast<int>(divide_up(slices.inner, cut.run_per_chunk));
+  cut.rows_per_chunk = static_cast<int>(
+      is_uneven(slices, bytes) ? 1 : std::max<int64_t>(1, kRunChunk / slices.inner));
   const int64_t vectors_per_lane = std::clamp(slices.elements() / (kManyBlocks * kThreads * vector),
                                               kVectorsPerLane, kMostVectorsPerLane);
   const int64_t lanes = power_of_two_below(cut.run_per_chunk / (vectors_per_lane * vector));
   cut.lanes = static_cast<int>(std::clamp<int64_t>(lanes, 4, kThreads));
-  const int64_t rows = power_of_two_below(std::min(cut.rows_per_chunk, slices.outer));
+  const int64_t rows = power_of_two_below(std::min<int64_t>(cut.rows_per_chunk, slices.outer));
   cut.groups = static_cast<int>(std::min<int64_t>(kThreads / cut.lanes, rows));
   cut.channels_per_strip = kThreads / (cut.lanes * cut.groups);
-  task.chunks = divide_up(slices.outer, cut.rows_per_chunk) * cut.run_chunks;
-  task.strips = divide_up(slices.channels, cut.channels_per_strip);
+  task.chunks = static_cast<int>(divide_up(slices.outer, cut.rows_per_chunk) * cut.run_chunks);
+  task.strips = static_cast<int>(divide_up(slices.channels, cut.channels_per_strip));
   task.aligned = is_aligned(task.elements, vector * bytes) && (has_one_run || whole_vectors);
 }
 
@@ -99,17 +98,17 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
     cut.columns_per_strip =
         static_cast<int>(std::max<int64_t>(1, strip_vectors * vector / unit) * unit);
     cut.channels_per_strip = cut.columns_per_strip / static_cast<int>(slices.inner);
-    task.strips = divide_up(slices.channels, cut.channels_per_strip);
+    task.strips = static_cast<int>(divide_up(slices.channels, cut.channels_per_strip));
   }
   cut.lanes = static_cast<int>(divide_up(cut.columns_per_strip, vector));
   cut.groups = few_rows ? 1 : kThreads / cut.lanes;
   const int64_t merged_inner = slices.inner * merged;
   const int64_t fewest =
       std::max(divide_up(kBytesPerPartial, merged_inner * bytes), kRowsPerGroup * cut.groups);
-  cut.rows_per_chunk = few_rows ? cut.rows
-                                : std::clamp(cut.rows * task.strips / kManyBlocks, fewest,
-                                             kMostChunkGrowth * fewest);
-  task.chunks = divide_up(cut.rows, cut.rows_per_chunk);
+  cut.rows_per_chunk = static_cast<int>(few_rows ? cut.rows
+                                                 : std::clamp(cut.rows * task.strips / kManyBlocks,
+                                                              fewest, kMostChunkGrowth * fewest));
+  task.chunks = static_cast<int>(divide_up(cut.rows, cut.rows_per_chunk));
   task.aligned = is_aligned(task.elements, vector * bytes) && cut.row_elements % vector == 0 &&
                  (task.strips == 1 || cut.columns_per_strip % vector == 0);
 }
@@ -168,70 +167,72 @@ ElementType type_of_size(ElementType type) {
   }
 }
 
-float float8_value(ElementType type, int bits) {
-  const uint8_t x = static_cast<uint8_t>(bits);
-  switch (type) {
-    case ElementType::float8_e4m3fn: return c10::Float8_e4m3fn(x, c10::Float8_e4m3fn::from_bits());
-    case ElementType::float8_e4m3fnuz:
-      return c10::Float8_e4m3fnuz(x, c10::Float8_e4m3fnuz::from_bits());
-    case ElementType::float8_e5m2: return c10::Float8_e5m2(x, c10::Float8_e5m2::from_bits());
-    default: return c10::Float8_e5m2fnuz(x, c10::Float8_e5m2fnuz::from_bits());
-  }
-}
-
 template <class Task>
-void add(std::vector<Batch<Task>>& batches, ElementType type, Task task, int64_t blocks) {
-  auto batch = std::find_if(batches.begin(), batches.end(),
-                            [type](const Batch<Task>& other) { return other.type == type; });
-  if (batch == batches.end()) batch = batches.insert(batch, {type, {}, 0});
-  task.first_block = batch->blocks;
-  batch->blocks += blocks;
+void add(std::vector<Batch<Task>>& batches, ElementType type, const Task& task, int64_t blocks) {
+  auto batch = std::find_if(batches.begin(), batches.end(), [type](const Batch<Task>& other) {
+    return other.type == type && !other.is_full();
+  });
+  if (batch == batches.end()) batch = batches.insert(batch, {type, {}, {}, 0});
   batch->tasks.push_back(task);
+  batch->first_blocks.push_back(static_cast<unsigned>(batch->blocks));
+  batch->blocks += blocks;
 }
 
-template <class Task>
-size_t bytes_of(const std::vector<Batch<Task>>& batches) {
-  size_t tasks = 0;
-  for (const auto& batch : batches) tasks += batch.tasks.size();
-  return tasks * sizeof(Task);
+// Whether the rank step makes a selection too: of what it ranks itself, and of few enough channels.
+bool is_of_rank(const Steps& steps, size_t i) {
+  const SelectItem& item = steps.selections[i];
+  const bool scored = i < steps.scores.size() && steps.scores[i].norms == item.norms;
+  const bool counted = item.mask_counts == nullptr ||
+                       (i < steps.masks.size() && steps.masks[i].norms == item.mask_counts);
+  return scored && counted && item.channels <= kMostChannelsOfRank;
 }
 
-template <class Task>
-size_t append(char* table, size_t at, const std::vector<Task>& tasks) {
-  if (tasks.empty()) return at;
-  std::memcpy(table + at, tasks.data(), tasks.size() * sizeof(Task));
-  return at + tasks.size() * sizeof(Task);
-}
-
-// launch(type, tasks, count, blocks, stream) for each batch, whose tasks lie at `table`, which
-// moves beyond them.
+// launch(batch) for each batch, up to the first that fails.
 template <class Task, class Launch>
-cudaError_t run_batches(const std::vector<Batch<Task>>& batches, const char*& table,
-                        cudaStream_t stream, Launch launch) {
-  for (const auto& batch : batches) {
-    const cudaError_t error = launch(batch.type, reinterpret_cast<const Task*>(table),
-                                     static_cast<int>(batch.tasks.size()), batch.blocks, stream);
-    if (error != cudaSuccess) return error;
-    table += batch.tasks.size() * sizeof(Task);
-  }
-  return cudaSuccess;
+cudaError_t run_batches(const std::vector<Batch<Task>>& batches, Launch launch) {
+  cudaError_t error = cudaSuccess;
+  for (size_t b = 0; b < batches.size() && error == cudaSuccess; ++b) error = launch(batches[b]);
+  return error;
 }
 
 }  // namespace
 
-Launches::Launches(const Steps& steps) : selections_(steps.selections), order_(steps.order) {
-  const auto add_rank = [&](const RankItem& item, bool counts) {
-    const RankTask task = make_task(item, counts, steps.rooted);
-    add(ranks_, is_float8(item.type) ? ElementType::float8_e4m3fn : item.type, task,
-        task.chunks * task.strips);
-    const auto known = std::find(float8_types_.begin(), float8_types_.end(), item.type);
-    if (is_float8(item.type) && known == float8_types_.end()) float8_types_.push_back(item.type);
-  };
-  for (const RankItem& item : steps.scores) add_rank(item, false);
-  for (const RankItem& item : steps.masks) add_rank(item, true);
+Launches::Launches(const Steps& steps) : order_(steps.order) {
+  std::vector<RankTask> tasks;
+  for (const RankItem& item : steps.scores) tasks.push_back(make_task(item, false, steps.rooted));
+  for (const RankItem& item : steps.masks) tasks.push_back(make_task(item, true, steps.rooted));
+  for (RankTask& task : tasks) {
+    if (task.chunks == 1) continue;
+    task.first_ticket = static_cast<unsigned>(tickets_);
+    task.first_partial = static_cast<int64_t>(partials_);
+    tickets_ += task.strips;
+    partials_ += task.chunks * task.channels;
+  }
+  for (size_t i = 0; i < steps.selections.size(); ++i) {
+    const SelectItem& item = steps.selections[i];
+    if (!is_of_rank(steps, i)) {
+      // Norms are all of one type.
+      add(selections_, ElementType::float64, SelectTask{item},
+          std::max<int64_t>(1, divide_up(item.channels, kSelectTile)));
+      continue;
+    }
+    std::vector<RankTask*> parts{&tasks[i]};
+    if (item.mask_counts != nullptr) parts.push_back(&tasks[steps.scores.size() + i]);
+    int strips = 0;
+    for (const RankTask* part : parts) strips += part->strips;
+    for (RankTask* part : parts) {
+      part->selection = item;
+      part->selection_ticket = static_cast<unsigned>(tickets_);
+      part->selection_strips = strips;
+    }
+    if (strips > 1) ++tickets_;
+  }
+  for (const RankTask& task : tasks) {
+    add(ranks_, is_float8(task.type) ? ElementType::float8_e4m3fn : task.type, task,
+        int64_t{task.chunks} * task.strips);
+  }
   for (const RootItem& item : steps.sums) {
-    // Sums are all of one type.
-    add(roots_, ElementType::float64, RootTask{item, 0}, divide_up(item.channels, kThreads));
+    add(roots_, ElementType::float64, RootTask{item}, divide_up(item.channels, kThreads));
   }
   for (const WriteItem& item : steps.writes) {
     const WriteTask task = make_task(item);
@@ -241,71 +242,20 @@ Launches::Launches(const Steps& steps) : selections_(steps.selections), order_(s
     const ZeroTask task = make_task(item);
     add(zeros_, type_of_size(item.type), task, task.tiles);
   }
-  size_t tickets = 0;
-  size_t partials = 0;
-  for (const auto& batch : ranks_) {
-    for (const RankTask& task : batch.tasks) {
-      if (task.chunks == 1) continue;
-      tickets += task.strips;
-      partials += task.chunks * task.channels;
-    }
-  }
-  tickets_at_ = bytes_of(ranks_) + bytes_of(roots_) + selections_.size() * sizeof(SelectItem) +
-                bytes_of(writes_) + bytes_of(zeros_) + float8_types_.size() * 256 * sizeof(float);
-  table_bytes_ = tickets_at_ + (tickets * sizeof(unsigned) + 7) / 8 * 8;
-  bytes_ = table_bytes_ + partials * sizeof(uint64_t);
 }
 
-void Launches::write_table(void* host, void* device) const {
-  char* table = static_cast<char*>(host);
-  unsigned* tickets = reinterpret_cast<unsigned*>(static_cast<char*>(device) + tickets_at_);
-  uint64_t* partials = reinterpret_cast<uint64_t*>(static_cast<char*>(device) + table_bytes_);
-  const float* float8_values =
-      reinterpret_cast<const float*>(static_cast<const char*>(device) + tickets_at_) -
-      float8_types_.size() * 256;
-  size_t at = 0;
-  for (const auto& batch : ranks_) {
-    std::vector<RankTask> tasks = batch.tasks;
-    for (RankTask& task : tasks) {
-      const auto type = std::find(float8_types_.begin(), float8_types_.end(), task.type);
-      task.float8_values = float8_values + (type - float8_types_.begin()) * 256;
-      if (task.chunks == 1) continue;
-      task.tickets = tickets;
-      task.partials = partials;
-      tickets += task.strips;
-      partials += task.chunks * task.channels;
-    }
-    at = append(table, at, tasks);
-  }
-  for (const auto& batch : roots_) at = append(table, at, batch.tasks);
-  at = append(table, at, selections_);
-  for (const auto& batch : writes_) at = append(table, at, batch.tasks);
-  for (const auto& batch : zeros_) at = append(table, at, batch.tasks);
-  for (ElementType type : float8_types_) {
-    std::vector<float> values(256);
-    for (int bits = 0; bits < 256; ++bits) values[bits] = float8_value(type, bits);
-    at = append(table, at, values);
-  }
-  std::memset(table + at, 0, table_bytes_ - at);
-}
-
-cudaError_t Launches::run(void* device, cudaStream_t stream) const {
-  const char* table = static_cast<const char*>(device);
-  cudaError_t error =
-      run_batches(ranks_, table, stream, [this](ElementType type, auto... arguments) {
-        return launch_rank(type, order_, arguments...);
-      });
-  if (error == cudaSuccess) {
-    error = run_batches(roots_, table, stream, [this](ElementType, auto... arguments) {
-      return launch_root(order_, arguments...);
-    });
-  }
-  if (error == cudaSuccess && !selections_.empty()) {
-    error = launch_select(reinterpret_cast<const SelectItem*>(table), selections_.size(), stream);
-    table += selections_.size() * sizeof(SelectItem);
-  }
-  if (error == cudaSuccess) error = run_batches(writes_, table, stream, launch_write);
-  if (error == cudaSuccess) error = run_batches(zeros_, table, stream, launch_zero);
+cudaError_t Launches::run(void* partials, unsigned* tickets, cudaStream_t stream) const {
+  const RankMemory memory{static_cast<uint64_t*>(partials), tickets};
+  const auto rank = [&](const auto& batch) { return launch_rank(batch, order_, memory, stream); };
+  const auto root = [&](const auto& batch) { return launch_root(batch, order_, stream); };
+  const auto select = [&](const auto& batch) { return launch_select(batch, stream); };
+  const auto write = [&](const auto& batch) { return launch_write(batch, stream); };
+  const auto zero = [&](const auto& batch) { return launch_zero(batch, stream); };
+  cudaError_t error = run_batches(ranks_, rank);
+  if (error == cudaSuccess) error = run_batches(roots_, root);
+  if (error == cudaSuccess) error = run_batches(selections_, select);
+  if (error == cudaSuccess) error = run_batches(writes_, write);
+  if (error == cudaSuccess) error = run_batches(zeros_, zero);
   return error;
 }
 

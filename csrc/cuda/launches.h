@@ -1,6 +1,7 @@
-// The launches of one call: the tables that the kernels read, built on the host, and their order.
+// The launches of one call: the tables that the kernels read as parameters, and their order.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -12,6 +13,23 @@ namespace lnprune::cuda {
 // Threads of a block in every step but the select step.
 constexpr int kThreads = 256;
 
+// Keys that a thread holds where the rank step selects, and the channels of a tensor up to which it
+// does: what one block holds in its registers. docs/cuda.md says what more would cost.
+constexpr int kRankKeys = 16;
+constexpr int64_t kMostChannelsOfRank = kThreads * kRankKeys;
+
+// The same of the select step, where a block reads all channels and writes the flags of a tile.
+constexpr int kSelectThreads = 512;
+constexpr int kSelectKeys = 16;
+constexpr int64_t kSelectTile = kSelectThreads * kSelectKeys;
+
+// Bytes of parameters that every kernel can have, and that kernels of CUDA 12.1 and later can,
+// which ask for a driver of 530 or later. A launch moves all that its kernel was compiled for:
+// calls on few tensors have kernels with little.
+constexpr int kParameterBytes = 4096;
+constexpr int kMostParameterBytes = 32764;
+constexpr int kOtherParameters = 32;  // beside the table, with what aligns its parts
+
 // Bytes of a vector in the rank step. Eight elements of one byte are as many as the registers of a
 // thread have room to sum.
 constexpr int rank_vector_bytes(int element_bytes) { return element_bytes == 1 ? 8 : 16; }
@@ -21,9 +39,9 @@ constexpr int rank_vector_bytes(int element_bytes) { return element_bytes == 1 ?
 struct RunCut {
   int64_t rows;
   int64_t row_elements;
-  int64_t rows_per_chunk;
-  int64_t run_per_chunk;
-  int64_t run_chunks;
+  int rows_per_chunk;
+  int run_per_chunk;
+  int run_chunks;
   int lanes;   // threads side by side along a run
   int groups;  // groups of lanes, each with rows of its own
   int channels_per_strip;
@@ -35,7 +53,7 @@ struct ColumnCut {
   int64_t rows;
   int64_t row_elements;
   int64_t elements;  // of the tensor
-  int64_t rows_per_chunk;
+  int rows_per_chunk;
   int lanes;               // threads side by side along a strip
   int groups;              // groups of lanes, each with rows of its own
   int channels_per_strip;  // of one row of the tensor
@@ -47,19 +65,21 @@ struct ColumnCut {
 // every sum does too.
 struct RankTask {
   const void* elements;
-  const float* float8_values;  // [256], what the bits of eight-bit elements stand for
   double* norms;
-  uint64_t* partials;  // [chunks][channels], where there is more than one chunk
-  unsigned* tickets;   // [strips], zero: how many blocks of the strip have finished
-  int64_t first_block;
+  int64_t first_partial;  // of [chunks][channels], where there is more than one chunk
+  unsigned first_ticket;  // of [strips], where there is more than one chunk
   int64_t channels;
   int64_t inner;
-  int64_t chunks;
-  int64_t strips;
+  int chunks;
+  int strips;
   union {
     RunCut run_cut;
     ColumnCut column_cut;
   };
+  // Where the last block to rank the tensor, or its mask, selects as well; null flags elsewhere.
+  SelectItem selection;
+  unsigned selection_ticket;
+  int selection_strips;  // of the tensor and its mask
   ElementType type;
   bool runs;     // which of the two it is
   bool aligned;  // rows begin where vectors can; changes no order
@@ -67,10 +87,20 @@ struct RankTask {
   bool rooted;   // norms, not the sums before the root
 };
 
+// What the blocks of a call to rank hand each other.
+struct RankMemory {
+  uint64_t* partials;
+  unsigned* tickets;  // how many blocks of a strip, or strips of a tensor, have finished
+};
+
 // Sums to take the roots of: a thread for each channel.
 struct RootTask {
   RootItem item;
-  int64_t first_block;
+};
+
+// One ranking to cut.
+struct SelectTask {
+  SelectItem item;
 };
 
 // One tensor to write or to zero, cut into tiles. A block takes one of them.
@@ -79,73 +109,103 @@ struct TileTask {
   Item item;
   int64_t elements;
   int64_t tiles;
-  int64_t first_block;
   bool vectors;  // threads take whole vectors, not single elements side by side
 };
 using WriteTask = TileTask<WriteItem>;
 using ZeroTask = TileTask<ZeroItem>;
 
+// The tasks of one launch, and the first block of each. It travels as a parameter of the kernel,
+// which reads it from the constant bank.
+template <class Task, int kBytes>
+struct Table {
+  static constexpr int kCapacity =
+      (kBytes - kOtherParameters) / static_cast<int>(sizeof(Task) + sizeof(unsigned));
+  int count;
+  unsigned first_blocks[kCapacity];
+  Task tasks[kCapacity];
+};
+
+// What a block works on: a task, the last that begins at or before it, and which of its blocks it
+// is.
+struct Place {
+  int task;
+  int64_t block;
+};
+
+// Each thread searches for itself: what the lanes of a warp read together is one access.
+template <class Table>
+__device__ __forceinline__ Place place_of_block(const Table& table, unsigned block) {
+  int low = 0;
+#pragma unroll 1
+  for (int high = table.count; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (table.first_blocks[middle] <= block ? low : high) = middle;
+  }
+  return {low, static_cast<int64_t>(block) - table.first_blocks[low]};
+}
+
 // One launch: tasks of one dtype; in the rank step, of any dtypes of eight bits, and in the zero
 // step, of any dtypes of one size.
 template <class Task>
 struct Batch {
+  using FewTasks = Table<Task, kParameterBytes>;
+  using ManyTasks = Table<Task, kMostParameterBytes>;
+
   ElementType type;
   std::vector<Task> tasks;
+  std::vector<unsigned> first_blocks;
   int64_t blocks = 0;
+
+  bool is_full() const { return tasks.size() == ManyTasks::kCapacity; }
+
+  // launch(table) with all tasks in a table of the smaller size that holds them.
+  template <class Launch>
+  cudaError_t with_table(Launch launch) const {
+    if (tasks.size() <= FewTasks::kCapacity) return launch(filled<FewTasks>());
+    return launch(filled<ManyTasks>());
+  }
+
+ private:
+  template <class Table>
+  Table filled() const {
+    Table table;
+    table.count = static_cast<int>(tasks.size());
+    std::copy(tasks.begin(), tasks.end(), table.tasks);
+    std::copy(first_blocks.begin(), first_blocks.end(), table.first_blocks);
+    return table;
+  }
 };
 
 class Launches {
  public:
   explicit Launches(const Steps& steps);
 
-  // Device memory that the launches need, and how much of it is the table at its beginning.
-  size_t bytes() const { return bytes_; }
-  size_t table_bytes() const { return table_bytes_; }
+  // Device memory that the launches need, whatever it holds.
+  size_t bytes() const { return partials_ * sizeof(uint64_t); }
+  // Counters that are zero before the launches, and zero again after them.
+  size_t tickets() const { return tickets_; }
 
-  // The table, to be copied from `host` to `device` before the launches on the same stream.
-  void write_table(void* host, void* device) const;
-
-  // Enqueues the kernels. `device` holds the table.
-  cudaError_t run(void* device, cudaStream_t stream) const;
+  // Enqueues the kernels.
+  cudaError_t run(void* partials, unsigned* tickets, cudaStream_t stream) const;
 
  private:
   std::vector<Batch<RankTask>> ranks_;
   std::vector<Batch<RootTask>> roots_;
-  std::vector<SelectItem> selections_;
+  std::vector<Batch<SelectTask>> selections_;
   std::vector<Batch<WriteTask>> writes_;
   std::vector<Batch<ZeroTask>> zeros_;
-  std::vector<ElementType> float8_types_;
   NormOrder order_;
-  size_t tickets_at_ = 0;
-  size_t table_bytes_ = 0;
-  size_t bytes_ = 0;
+  size_t tickets_ = 0;
+  size_t partials_ = 0;
 };
 
-// The task that a block works on: the last that begins at or before it.
-template <class Task>
-__device__ __forceinline__ Task task_of_block(const Task* tasks, int count, unsigned block) {
-  int low = 0;
-#pragma unroll 1
-  for (int high = count; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    (load_cached(&tasks[middle].first_block) <= block ? low : high) = middle;
-  }
-  return load_cached(tasks + low);
-}
-
-// The kernels of each step, on tables in device memory.
-cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks, int count,
-                        int64_t blocks, cudaStream_t stream);
-cudaError_t launch_root(NormOrder order, const RootTask* tasks, int count, int64_t blocks,
+// The kernels of each step.
+cudaError_t launch_rank(const Batch<RankTask>& batch, NormOrder order, RankMemory memory,
                         cudaStream_t stream);
-cudaError_t launch_select(const SelectItem* items, int64_t count, cudaStream_t stream);
-cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
-                         cudaStream_t stream);
-cudaError_t launch_zero(ElementType type, const ZeroTask* tasks, int count, int64_t blocks,
-                        cudaStream_t stream);
-
-// Copies a table, a multiple of 8 bytes, to the device by launches that carry it as parameters.
-cudaError_t upload(const void* host, size_t bytes, void* device, cudaStream_t stream);
+cudaError_t launch_root(const Batch<RootTask>& batch, NormOrder order, cudaStream_t stream);
+cudaError_t launch_select(const Batch<SelectTask>& batch, cudaStream_t stream);
+cudaError_t launch_write(const Batch<WriteTask>& batch, cudaStream_t stream);
+cudaError_t launch_zero(const Batch<ZeroTask>& batch, cudaStream_t stream);
 
 // Elements of a tile of the write step or the zero step.
 int64_t tile_elements(ElementType type);

@@ -42,118 +42,6 @@ struct Flags {
   }
 };
 
-struct Range {
-  int64_t begin;
-  int64_t end;
-};
-
-// The elements of a block. Backwards: what the rank step read last is likely still in the cache.
-template <class T, class Item>
-__device__ __forceinline__ Range tile_of_block(const TileTask<Item>& task) {
-  constexpr int64_t kTile = kThreads * kVectorsPerThread * kLength<T>;
-  const int64_t begin = (task.tiles - 1 - (blockIdx.x - task.first_block)) * kTile;
-  return {begin, begin + kTile < task.elements ? begin + kTile : task.elements};
-}
-
-// One element: the new mask, and from it the weight.
-template <class T>
-__device__ __forceinline__ T masked(bool has_mask, bool kept, T mask) {
-  const T flag = static_cast<T>(kept ? 1.0f : 0.0f);
-  return has_mask ? masked_product(mask, flag) : flag;
-}
-
-template <class T, class Index>
-__device__ __forceinline__ void write_elements(const WriteItem& item, int64_t begin, int64_t end,
-                                               int64_t step) {
-  const T* mask = static_cast<const T*>(item.mask);
-  const T* original = static_cast<const T*>(item.original);
-#pragma unroll 1
-  for (int64_t i = begin; i < end; i += step) {
-    const bool kept = Flags<Index>(item, i).kept();
-    const T flag = masked<T>(mask != nullptr, kept, mask != nullptr ? load(mask + i) : T(0.0f));
-    store(static_cast<T*>(item.new_mask) + i, flag);
-    if (item.weight != nullptr) {
-      store(static_cast<T*>(item.weight) + i, masked_product(flag, load(original + i)));
-    }
-  }
-}
-
-template <class T, class Index>
-__device__ __forceinline__ void write_vectors(const WriteItem& item, int64_t begin, int64_t end) {
-  constexpr int L = kLength<T>;
-  const T* mask = static_cast<const T*>(item.mask);
-  const T* original = static_cast<const T*>(item.original);
-  Vector<T> masks[kVectorsPerThread];
-  Vector<T> originals[kVectorsPerThread];
-#pragma unroll
-  for (int u = 0; u < kVectorsPerThread; ++u) {
-    const int64_t i = begin + u * kThreads * L;
-    if (i < end && mask != nullptr) masks[u] = load_vector<16>(mask + i);
-    if (i < end && item.weight != nullptr) originals[u] = load_vector<16>(original + i);
-  }
-#pragma unroll
-  for (int u = 0; u < kVectorsPerThread; ++u) {
-    const int64_t i = begin + u * kThreads * L;
-    if (i < end) {
-      Flags<Index> flags(item, i);
-#pragma unroll
-      for (int s = 0; s < L; ++s) {
-        masks[u].elements[s] = masked(mask != nullptr, flags.next(), masks[u].elements[s]);
-      }
-      store_vector(static_cast<T*>(item.new_mask) + i, masks[u]);
-      if (item.weight != nullptr) {
-#pragma unroll
-        for (int s = 0; s < L; ++s) {
-          originals[u].elements[s] = masked_product(masks[u].elements[s], originals[u].elements[s]);
-        }
-        store_vector(static_cast<T*>(item.weight) + i, originals[u]);
-      }
-    }
-  }
-}
-
-template <class T, class Index>
-__device__ __forceinline__ void write_tile_of(const WriteTask& task) {
-  constexpr int L = kLength<T>;
-  const auto [begin, end] = tile_of_block<T>(task);
-  const int thread = static_cast<int>(threadIdx.x);
-  int64_t written = begin;
-  if (task.vectors) {
-    written = begin + (end - begin) / L * L;
-    write_vectors<T, Index>(task.item, begin + thread * L, written);
-  }
-  write_elements<T, Index>(task.item, written + thread, end, kThreads);
-}
-
-// At least so many blocks on a multiprocessor, which caps the registers.
-template <class T>
-constexpr int kBlocks = sizeof(T) == 1 ? 1 : 2;
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    write_kernel(const WriteTask* tasks, int count) {
-  LNPRUNE_SHARED(WriteTask, task, 1);
-  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
-  __syncthreads();
-  if (task->elements <= 0xffffffffll) {
-    write_tile_of<T, uint32_t>(*task);
-  } else {
-    write_tile_of<T, uint64_t>(*task);
-  }
-}
-
-using WriteKernel = void (*)(const WriteTask*, int);
-constexpr WriteKernel kWriteKernels[kElementTypes] = {
-    write_kernel<double>,
-    write_kernel<float>,
-    write_kernel<c10::Half>,
-    write_kernel<c10::BFloat16>,
-    write_kernel<c10::Float8_e4m3fn>,
-    write_kernel<c10::Float8_e4m3fnuz>,
-    write_kernel<c10::Float8_e5m2>,
-    write_kernel<c10::Float8_e5m2fnuz>,
-};
-
 // Flags from positions `kStep` elements apart. Such a step is whole rows, which change nothing,
 // whole runs and the rest; no step needs a division.
 template <class Index, int kStep>
@@ -162,7 +50,8 @@ struct Walk {
   Index runs;
   Index rest;
 
-  __device__ __forceinline__ Walk(const ZeroItem& item, int64_t element)
+  template <class Item>
+  __device__ __forceinline__ Walk(const Item& item, int64_t element)
       : flags(item, element),
         runs(static_cast<Index>(kStep) / flags.inner % flags.channels),
         rest(static_cast<Index>(kStep) % flags.inner) {}
@@ -186,6 +75,196 @@ __device__ __forceinline__ unsigned pruned_from(Flags<Index> flags) {
   for (int s = 0; s < kCount; ++s) pruned |= static_cast<unsigned>(!flags.next()) << s;
   return pruned;
 }
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// The elements of a block. Backwards: what the rank step read last is likely still in the cache.
+template <class T, class Item>
+__device__ __forceinline__ Range tile_of_block(const TileTask<Item>& task, int64_t block) {
+  constexpr int64_t kTile = kThreads * kVectorsPerThread * kLength<T>;
+  const int64_t begin = (task.tiles - 1 - block) * kTile;
+  return {begin, begin + kTile < task.elements ? begin + kTile : task.elements};
+}
+
+// For elements of one byte, a table of the block with what a mask of zero makes of each of the 256,
+// and then what a mask of one does. Wider elements are multiplied.
+template <class T>
+constexpr bool kHasTable = sizeof(T) == 1;
+static_assert(kThreads == 256, "each thread looks after one of the 256 elements");
+
+template <class T>
+__device__ __forceinline__ T one_or_zero(bool kept) {
+  return static_cast<T>(kept ? 1.0f : 0.0f);
+}
+
+template <class T>
+__device__ __forceinline__ bool is_one_or_zero(T mask) {
+  return mask.x == 0 || mask.x == one_or_zero<T>(true).x;
+}
+
+template <class T>
+__device__ __forceinline__ void fill_table(T* products) {
+  const T x(static_cast<uint8_t>(threadIdx.x), T::from_bits());
+  products[threadIdx.x] = masked_product(one_or_zero<T>(false), x);
+  products[256 + threadIdx.x] = masked_product(one_or_zero<T>(true), x);
+}
+
+// masked_product(mask, x) for a mask of one or zero.
+template <class T>
+__device__ __forceinline__ T product_with_flag(bool kept, T x, const T* products) {
+  if constexpr (kHasTable<T>) {
+    return products[(kept ? 256 : 0) + x.x];
+  } else {
+    return masked_product(one_or_zero<T>(kept), x);
+  }
+}
+
+template <class T, class Index>
+__device__ __forceinline__ void write_elements(const WriteItem& item, const T* products,
+                                               int64_t begin, int64_t end, int64_t step) {
+  const T* mask = static_cast<const T*>(item.mask);
+  const T* original = static_cast<const T*>(item.original);
+#pragma unroll 1
+  for (int64_t i = begin; i < end; i += step) {
+    const bool kept = Flags<Index>(item, i).kept();
+    T flag = one_or_zero<T>(kept);
+    if (mask != nullptr) flag = product_with_flag(kept, load(mask + i), products);
+    store(static_cast<T*>(item.new_mask) + i, flag);
+    if (item.weight == nullptr) continue;
+    T weight = load(original + i);
+    if (mask == nullptr) {
+      weight = product_with_flag(kept, weight, products);
+    } else {
+      weight = masked_product(flag, weight);
+    }
+    store(static_cast<T*>(item.weight) + i, weight);
+  }
+}
+
+// kept(s) of each element of a vector: the new mask in place of the old one, and the weight in
+// place of the original. False: masks of one byte that are neither one nor zero, and no weight.
+template <class T, class Kept>
+__device__ __forceinline__ bool mask_vector(const WriteItem& item, Kept kept, Vector<T>& mask,
+                                            Vector<T>& original, const T* products) {
+  constexpr int L = kLength<T>;
+  const bool has_mask = item.mask != nullptr;
+  bool known = true;
+#pragma unroll
+  for (int s = 0; s < L; ++s) {
+    mask.elements[s] =
+        has_mask ? product_with_flag(kept(s), mask.elements[s], products) : one_or_zero<T>(kept(s));
+    if constexpr (kHasTable<T>) known = known && is_one_or_zero(mask.elements[s]);
+  }
+  if (item.weight == nullptr) return true;
+#pragma unroll
+  for (int s = 0; s < L; ++s) {
+    T& x = original.elements[s];
+    if constexpr (kHasTable<T>) {
+      x = product_with_flag(mask.elements[s].x != 0, x, products);
+    } else {
+      x = masked_product(mask.elements[s], x);
+    }
+  }
+  return known;
+}
+
+// Where all elements of a vector are kept, or all are pruned, they share one flag.
+template <class T, class Index>
+__device__ __forceinline__ void write_vectors(const WriteItem& item, const T* products,
+                                              int64_t begin, int64_t end) {
+  constexpr int L = kLength<T>;
+  constexpr unsigned kAll = (1u << L) - 1;
+  const T* mask = static_cast<const T*>(item.mask);
+  const T* original = static_cast<const T*>(item.original);
+  Vector<T> masks[kVectorsPerThread];
+  Vector<T> originals[kVectorsPerThread];
+#pragma unroll
+  for (int u = 0; u < kVectorsPerThread; ++u) {
+    const int64_t i = begin + u * kThreads * L;
+    if (i < end && mask != nullptr) masks[u] = load_vector<16>(mask + i);
+    if (i < end && item.weight != nullptr) originals[u] = load_vector<16>(original + i);
+  }
+  Walk<Index, kThreads * L> walk(item, begin);
+  unsigned pruned[kVectorsPerThread];
+#pragma unroll
+  for (int u = 0; u < kVectorsPerThread; ++u) {
+    pruned[u] = begin + u * kThreads * L < end ? pruned_from<L>(walk.flags) : 0;
+    walk.step();
+  }
+#pragma unroll
+  for (int u = 0; u < kVectorsPerThread; ++u) {
+    const int64_t i = begin + u * kThreads * L;
+    if (i >= end) continue;
+    bool known = false;
+    if (pruned[u] == 0 || pruned[u] == kAll) {
+      const bool kept = pruned[u] == 0;
+      known = mask_vector(item, [&](int) { return kept; }, masks[u], originals[u], products);
+    } else {
+      const auto kept = [&](int s) { return (pruned[u] >> s & 1) == 0; };
+      known = mask_vector(item, kept, masks[u], originals[u], products);
+    }
+    if (!known) {
+      write_elements<T, Index>(item, products, i, i + L, 1);
+      continue;
+    }
+    store_vector(static_cast<T*>(item.new_mask) + i, masks[u]);
+    if (item.weight != nullptr) store_vector(static_cast<T*>(item.weight) + i, originals[u]);
+  }
+}
+
+template <class T, class Index>
+__device__ __forceinline__ void write_tile_of(const WriteTask& task, const T* products,
+                                              int64_t block) {
+  constexpr int L = kLength<T>;
+  const auto [begin, end] = tile_of_block<T>(task, block);
+  const int thread = static_cast<int>(threadIdx.x);
+  int64_t written = begin;
+  if (task.vectors) {
+    written = begin + (end - begin) / L * L;
+    write_vectors<T, Index>(task.item, products, begin + thread * L, written);
+  }
+  write_elements<T, Index>(task.item, products, written + thread, end, kThreads);
+}
+
+// At least so many blocks on a multiprocessor, which caps the registers.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 1 ? 1 : 2;
+
+template <class T, class Table>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    write_kernel(LNPRUNE_PARAMETER(Table, table)) {
+  LNPRUNE_SHARED(T, products, kHasTable<T> ? 512 : 1);
+  const Place place = place_of_block(table, blockIdx.x);
+  const WriteTask& task = table.tasks[place.task];
+  if constexpr (kHasTable<T>) {
+    fill_table(products);
+    __syncthreads();
+  }
+  // A step beyond the last element fits too.
+  if (task.elements <= 0x7fffffffll) {
+    write_tile_of<T, uint32_t>(task, products, place.block);
+  } else {
+    write_tile_of<T, uint64_t>(task, products, place.block);
+  }
+}
+
+template <class Table>
+using Kernel = void (*)(Parameter<Table>);
+
+template <class Table>
+constexpr Kernel<Table> kWriteKernels[kElementTypes] = {
+    write_kernel<double, Table>,
+    write_kernel<float, Table>,
+    write_kernel<c10::Half, Table>,
+    write_kernel<c10::BFloat16, Table>,
+    write_kernel<c10::Float8_e4m3fn, Table>,
+    write_kernel<c10::Float8_e4m3fnuz, Table>,
+    write_kernel<c10::Float8_e5m2, Table>,
+    write_kernel<c10::Float8_e5m2fnuz, Table>,
+};
 
 // Flags are asked for ahead of the stores: the compiler cannot know that these change none of them.
 template <class Word, class Index>
@@ -234,9 +313,9 @@ __device__ __forceinline__ void zero_vectors(const ZeroItem& item, int64_t begin
 }
 
 template <class Word, class Index>
-__device__ __forceinline__ void zero_tile_of(const ZeroTask& task) {
+__device__ __forceinline__ void zero_tile_of(const ZeroTask& task, int64_t block) {
   constexpr int L = kLength<Word>;
-  const auto [begin, end] = tile_of_block<Word>(task);
+  const auto [begin, end] = tile_of_block<Word>(task, block);
   const int thread = static_cast<int>(threadIdx.x);
   int64_t zeroed = begin;
   if (task.vectors) {
@@ -247,40 +326,43 @@ __device__ __forceinline__ void zero_tile_of(const ZeroTask& task) {
 }
 
 // Reads flags alone, and touches no element that stays.
-template <class Word>
-__global__ void __launch_bounds__(kThreads) zero_kernel(const ZeroTask* tasks, int count) {
-  LNPRUNE_SHARED(ZeroTask, task, 1);
-  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
-  __syncthreads();
+template <class Word, class Table>
+__global__ void __launch_bounds__(kThreads) zero_kernel(LNPRUNE_PARAMETER(Table, table)) {
+  const Place place = place_of_block(table, blockIdx.x);
+  const ZeroTask& task = table.tasks[place.task];
   // A step beyond the last element fits too.
-  if (task->elements <= 0x7fffffffll) {
-    zero_tile_of<Word, uint32_t>(*task);
+  if (task.elements <= 0x7fffffffll) {
+    zero_tile_of<Word, uint32_t>(task, place.block);
   } else {
-    zero_tile_of<Word, uint64_t>(*task);
+    zero_tile_of<Word, uint64_t>(task, place.block);
   }
 }
 
-using ZeroKernel = void (*)(const ZeroTask*, int);
-
-ZeroKernel zero_kernel_of(ElementType type) {
+template <class Table>
+Kernel<Table> zero_kernel_of(ElementType type) {
   switch (element_bytes(type)) {
-    case 8: return zero_kernel<uint64_t>;
-    case 4: return zero_kernel<uint32_t>;
-    case 2: return zero_kernel<uint16_t>;
-    default: return zero_kernel<uint8_t>;
+    case 8: return zero_kernel<uint64_t, Table>;
+    case 4: return zero_kernel<uint32_t, Table>;
+    case 2: return zero_kernel<uint16_t, Table>;
+    default: return zero_kernel<uint8_t, Table>;
   }
 }
 
 }  // namespace
 
-cudaError_t launch_write(ElementType type, const WriteTask* tasks, int count, int64_t blocks,
-                         cudaStream_t stream) {
-  return launch(kWriteKernels[static_cast<int>(type)], blocks, kThreads, stream, tasks, count);
+cudaError_t launch_write(const Batch<WriteTask>& batch, cudaStream_t stream) {
+  return batch.with_table([&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    const Kernel<Table> kernel = kWriteKernels<Table>[static_cast<int>(batch.type)];
+    return launch(kernel, batch.blocks, kThreads, stream, table);
+  });
 }
 
-cudaError_t launch_zero(ElementType type, const ZeroTask* tasks, int count, int64_t blocks,
-                        cudaStream_t stream) {
-  return launch(zero_kernel_of(type), blocks, kThreads, stream, tasks, count);
+cudaError_t launch_zero(const Batch<ZeroTask>& batch, cudaStream_t stream) {
+  return batch.with_table([&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    return launch(zero_kernel_of<Table>(batch.type), batch.blocks, kThreads, stream, table);
+  });
 }
 
 int64_t tile_elements(ElementType type) {

@@ -5,9 +5,14 @@
 // or from which block is last.
 #include "../lp_norm.h"
 #include "launches.h"
+#include "select_block.h"
 
 namespace lnprune::cuda {
 namespace {
+
+// Squares of what is narrower than float64 are exact: multiplied and added in one instruction.
+template <class Real>
+using SumOfSquares = lnprune::SumOfSquares<Real, true>;
 
 // Vectors that a thread loads before it adds.
 constexpr int kVectorLoads = 4;
@@ -17,10 +22,24 @@ constexpr int kVectorBytes = rank_vector_bytes(sizeof(T));
 template <class T>
 constexpr int kLength = kVectorBytes<T> / sizeof(T);
 
-// Eight bits of any format, with the 256 floats that they stand for.
+// Eight bits of any format. What they stand for is looked up in a table of the block.
 struct Float8 {
   uint8_t bits;
 };
+template <class T>
+constexpr bool kHasTable = std::is_same_v<T, Float8>;
+static_assert(kThreads == 256, "each thread looks after one of the 256 floats");
+
+__device__ __forceinline__ float float8_value(ElementType type, unsigned bits) {
+  const uint8_t x = static_cast<uint8_t>(bits);
+  switch (type) {
+    case ElementType::float8_e4m3fn: return c10::Float8_e4m3fn(x, c10::Float8_e4m3fn::from_bits());
+    case ElementType::float8_e4m3fnuz:
+      return c10::Float8_e4m3fnuz(x, c10::Float8_e4m3fnuz::from_bits());
+    case ElementType::float8_e5m2: return c10::Float8_e5m2(x, c10::Float8_e5m2::from_bits());
+    default: return c10::Float8_e5m2fnuz(x, c10::Float8_e5m2fnuz::from_bits());
+  }
+}
 
 __device__ __forceinline__ double widen(double x, const float*) { return x; }
 __device__ __forceinline__ float widen(float x, const float*) { return x; }
@@ -28,9 +47,7 @@ __device__ __forceinline__ float widen(c10::Half x, const float*) { return stati
 __device__ __forceinline__ float widen(c10::BFloat16 x, const float*) {
   return bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
 }
-__device__ __forceinline__ float widen(Float8 x, const float* values) {
-  return load_cached(values + x.bits);
-}
+__device__ __forceinline__ float widen(Float8 x, const float* values) { return values[x.bits]; }
 
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -120,26 +137,27 @@ __device__ __forceinline__ double result_of(const RankTask& task, const Norm& no
 
 // A chunk's partial, or, where that is all there is, the result.
 template <class Norm>
-__device__ __forceinline__ void put(const RankTask& task, const Norm& norm, int64_t chunk,
-                                    int64_t channel, typename Norm::Partial partial) {
+__device__ __forceinline__ void put(const RankTask& task, const RankMemory& memory,
+                                    const Norm& norm, int64_t chunk, int64_t channel,
+                                    typename Norm::Partial partial) {
   if (task.chunks == 1) {
     store(task.norms + channel, result_of(task, norm, partial));
   } else {
-    auto* partials = reinterpret_cast<typename Norm::Partial*>(task.partials);
-    store(partials + chunk * task.channels + channel, partial);
+    auto* partials = reinterpret_cast<typename Norm::Partial*>(memory.partials);
+    store(partials + task.first_partial + chunk * task.channels + channel, partial);
   }
 }
 
-// Whether this block is the last of its strip and has all partials to fold. Every thread of the
-// block calls it.
-__device__ __forceinline__ bool is_last_of_strip(const RankTask& task, int64_t strip,
-                                                 int* shared_last) {
-  if (task.chunks == 1) return false;
-  // The partials of every thread are visible before its block's ticket is drawn.
+// Whether this block draws the last of so many tickets, and has all that was stored before the
+// others were drawn. Every thread of the block calls it.
+__device__ __forceinline__ bool draws_last(unsigned* ticket, int tickets, int* shared_last) {
+  // The stores of every thread are visible before its block's ticket is drawn.
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    *shared_last = atomicAdd(task.tickets + strip, 1u) == static_cast<unsigned>(task.chunks - 1);
+    // The last ticket makes the counter zero again, for the launch after this one.
+    const unsigned last = static_cast<unsigned>(tickets - 1);
+    *shared_last = last == 0 || atomicInc(ticket, last) == last;
   }
   __syncthreads();
   __threadfence();
@@ -147,11 +165,15 @@ __device__ __forceinline__ bool is_last_of_strip(const RankTask& task, int64_t s
 }
 
 template <class Norm>
-__device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& task, int64_t chunk,
-                                                             int64_t channel) {
-  const auto* partials = reinterpret_cast<const typename Norm::Partial*>(task.partials);
-  return load_from_other_blocks(partials + chunk * task.channels + channel);
+__device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& task,
+                                                             const RankMemory& memory,
+                                                             int64_t chunk, int64_t channel) {
+  const auto* partials = reinterpret_cast<const typename Norm::Partial*>(memory.partials);
+  return load_from_other_blocks(partials + task.first_partial + chunk * task.channels + channel);
 }
+
+// The ways to rank return whether this block has finished its strip, to which the norms or sums of
+// all its channels belong. Every thread of the block gets the same answer.
 
 // Channels are runs: a team of lanes * groups threads for each channel of the strip. A lane adds
 // every lanes-th vector of a run to slots, one for each place in a vector.
@@ -160,8 +182,9 @@ __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& tas
 // are taken element by element, and what belongs to one slot of one lane lies `shift` slots further
 // on. That is put right when all is added, so that the sums are those of a run without a shift.
 template <class Norm, class T>
-__device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm, int64_t strip,
-                                          int64_t chunk, typename Norm::Partial* shared,
+__device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory& memory,
+                                          const Norm& norm, int64_t strip, int64_t chunk,
+                                          const float* values, typename Norm::Partial* shared,
                                           int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
@@ -190,11 +213,11 @@ __device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm
     const int vectors = (end / L - first + cut.lanes - 1) / cut.lanes;
 #pragma unroll 1
     for (; row < end_row; row += cut.groups) {
-      if (first != lane) add_elements(norm, run, 1, shift, end, task.float8_values, slots);
-      add_vectors(norm, run + first * L, cut.lanes * L, vectors, task.float8_values, slots);
+      if (first != lane) add_elements(norm, run, 1, shift, end, values, slots);
+      add_vectors(norm, run + first * L, cut.lanes * L, vectors, values, slots);
       const int last = first + vectors * cut.lanes;
       if (last == end / L) {
-        add_elements(norm, run + last * L, 1, 0, end - last * L, task.float8_values, slots);
+        add_elements(norm, run + last * L, 1, 0, end - last * L, values, slots);
       }
       run += cut.groups * cut.row_elements;
     }
@@ -221,24 +244,28 @@ __device__ __forceinline__ void rank_runs(const RankTask& task, const Norm& norm
   }
   const Partial total = fold_team(norm, partials[0], team, shared);
   const bool first_of_team = thread % team == 0 && channel < task.channels;
-  if (first_of_team) put(task, norm, chunk, channel, total);
+  if (first_of_team) put(task, memory, norm, chunk, channel, total);
 
-  if (!is_last_of_strip(task, strip, shared_last)) return;
+  if (task.chunks == 1) return true;
+  unsigned* ticket = memory.tickets + task.first_ticket + strip;
+  if (!draws_last(ticket, task.chunks, shared_last)) return false;
   Partial sum = norm.partial(norm.identity());
   if (channel < task.channels) {
 #pragma unroll 1
     for (int64_t c = thread % team; c < task.chunks; c += team) {
-      sum = norm.combine(sum, partial_of<Norm>(task, c, channel));
+      sum = norm.combine(sum, partial_of<Norm>(task, memory, c, channel));
     }
   }
   sum = fold_team(norm, sum, team, shared);
   if (first_of_team) store(task.norms + channel, result_of(task, norm, sum));
+  return true;
 }
 
 // Channels are columns: lanes own vectors of columns, groups of lanes own rows.
 template <class Norm, class T>
-__device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& norm, int64_t strip,
-                                             int64_t chunk, typename Norm::Partial* shared,
+__device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMemory& memory,
+                                             const Norm& norm, int64_t strip, int64_t chunk,
+                                             const float* values, typename Norm::Partial* shared,
                                              int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
@@ -266,7 +293,7 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
     const int64_t stride = cut.groups * cut.row_elements;
     if (task.aligned && row < end_row) {
       const int rows = static_cast<int>((end_row - row + cut.groups - 1) / cut.groups);
-      add_vectors(norm, elements, stride, rows, task.float8_values, slots);
+      add_vectors(norm, elements, stride, rows, values, slots);
       row += rows * cut.groups;
       elements += rows * stride;
     }
@@ -274,8 +301,7 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
 #pragma unroll 1
     for (; row < rows_with_short_one; row += cut.groups) {
       const int64_t end = smaller(columns, cut.elements - row * cut.row_elements - first_column);
-      add_elements(norm, elements, step, 0, (end - column + step - 1) / step, task.float8_values,
-                   slots);
+      add_elements(norm, elements, step, 0, (end - column + step - 1) / step, values, slots);
       elements += stride;
     }
 #pragma unroll
@@ -313,10 +339,12 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
         sum = norm.combine(sum, shared[i % L * kThreads + i / L]);
       }
     }
-    put(task, norm, chunk, first_channel + c, sum);
+    put(task, memory, norm, chunk, first_channel + c, sum);
   }
 
-  if (!is_last_of_strip(task, strip, shared_last)) return;
+  if (task.chunks == 1) return true;
+  unsigned* ticket = memory.tickets + task.first_ticket + strip;
+  if (!draws_last(ticket, task.chunks, shared_last)) return false;
   // From the width of a full strip, so that the last strip folds in the same order.
   const int width = cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;
   const int helpers = kThreads / width;
@@ -328,7 +356,7 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
     if (helper < helpers && c < channels) {
 #pragma unroll 1
       for (int64_t k = helper; k < task.chunks; k += helpers) {
-        sum = norm.combine(sum, partial_of<Norm>(task, k, first_channel + c));
+        sum = norm.combine(sum, partial_of<Norm>(task, memory, k, first_channel + c));
       }
     }
     __syncthreads();
@@ -340,21 +368,22 @@ __device__ __forceinline__ void rank_columns(const RankTask& task, const Norm& n
       store(task.norms + first_channel + c, result_of(task, norm, sum));
     }
   }
+  return true;
 }
 
 template <class Norm, class T>
-__device__ __forceinline__ void rank_block(const RankTask& task, double p, uint64_t* shared,
+__device__ __forceinline__ bool rank_block(const RankTask& task, const RankMemory& memory, double p,
+                                           int64_t block, const float* values, uint64_t* shared,
                                            int* shared_last) {
   static_assert(sizeof(typename Norm::Partial) == 8, "partials lie 8 bytes apart");
   const Norm norm(p);
-  const int64_t block = blockIdx.x - task.first_block;
   const int64_t strip = block % task.strips;
   const int64_t chunk = block / task.strips;
   auto* partials = reinterpret_cast<typename Norm::Partial*>(shared);
   if (task.runs) {
-    rank_runs<Norm, T>(task, norm, strip, chunk, partials, shared_last);
+    return rank_runs<Norm, T>(task, memory, norm, strip, chunk, values, partials, shared_last);
   } else {
-    rank_columns<Norm, T>(task, norm, strip, chunk, partials, shared_last);
+    return rank_columns<Norm, T>(task, memory, norm, strip, chunk, values, partials, shared_last);
   }
 }
 
@@ -362,74 +391,104 @@ __device__ __forceinline__ void rank_block(const RankTask& task, double p, uint6
 template <class Norm, class T>
 constexpr int kBlocks = Norm::kCostly || sizeof(T) == 1 ? 2 : 3;
 
-template <template <class> class Norm, class T>
+// The select step of the last block of a tensor.
+using Select = SelectBlock<kThreads, kRankKeys, 10, Channels::of_one_tile>;
+static_assert(Select::kTile == kMostChannelsOfRank, "a tile holds all channels");
+
+template <template <class> class Norm, class T, class Table>
 __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Type>, T>)
-    rank_kernel(const RankTask* tasks, int count, double p) {
+    rank_kernel(LNPRUNE_PARAMETER(Table, table), RankMemory memory, double p) {
   using Real = typename RealOf<T>::Type;
   LNPRUNE_SHARED(uint64_t, shared, kThreads* kLength<T>);
-  LNPRUNE_SHARED(RankTask, task, 1);
+  LNPRUNE_SHARED(Select::Shared, shared_of_select, 1);
+  LNPRUNE_SHARED(float, values, kHasTable<T> ? 256 : 1);
   LNPRUNE_SHARED(int, shared_last, 1);
-  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
-  __syncthreads();
-  if constexpr (!std::is_same_v<Norm<Real>, NonzeroCount<Real>>) {
-    if (!task->counts) {
-      rank_block<Norm<Real>, T>(*task, p, shared, shared_last);
-      return;
-    }
+  const Place place = place_of_block(table, blockIdx.x);
+  const RankTask& task = table.tasks[place.task];
+  if constexpr (kHasTable<T>) {
+    values[threadIdx.x] = float8_value(task.type, threadIdx.x);
+    __syncthreads();
   }
-  rank_block<NonzeroCount<Real>, T>(*task, 0, shared, shared_last);
+  bool finished = false;
+  if (std::is_same_v<Norm<Real>, NonzeroCount<Real>> || task.counts) {
+    finished = rank_block<NonzeroCount<Real>, T>(task, memory, 0, place.block, values, shared,
+                                                 shared_last);
+  } else {
+    finished = rank_block<Norm<Real>, T>(task, memory, p, place.block, values, shared, shared_last);
+  }
+  if (!finished || task.selection.keep == nullptr) return;
+  unsigned* ticket = memory.tickets + task.selection_ticket;
+  if (!draws_last(ticket, task.selection_strips, shared_last)) return;
+  static_assert(Select::kBuckets * sizeof(unsigned) <= kThreads * kLength<T> * sizeof(uint64_t),
+                "the histogram takes the place of the partials");
+  auto* buckets = reinterpret_cast<unsigned*>(shared);
+  Select{task.selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
 }
 
-template <template <class> class Norm>
-__global__ void __launch_bounds__(kThreads)
-    root_kernel(const RootTask* tasks, int count, double p) {
-  LNPRUNE_SHARED(RootTask, task, 1);
-  if (threadIdx.x == 0) task[0] = task_of_block(tasks, count, blockIdx.x);
-  __syncthreads();
-  const int64_t channel = (blockIdx.x - task->first_block) * kThreads + threadIdx.x;
-  if (channel >= task->item.channels) return;
+template <template <class> class Norm, class Table>
+__global__ void __launch_bounds__(kThreads) root_kernel(LNPRUNE_PARAMETER(Table, table), double p) {
+  const Place place = place_of_block(table, blockIdx.x);
+  const RootItem& item = table.tasks[place.task].item;
+  const int64_t channel = place.block * kThreads + threadIdx.x;
+  if (channel >= item.channels) return;
   const Norm<double> norm(p);
-  store(task->item.norms + channel, norm.root(load(task->item.sums + channel)));
+  store(item.norms + channel, norm.root(load(item.sums + channel)));
 }
 
-using Kernel = void (*)(const RankTask*, int, double);
+template <class Table>
+using RankKernel = void (*)(Parameter<Table>, RankMemory, double);
 
-template <class T>
-Kernel kernel_of(NormKind kind) {
-  constexpr Kernel kKernels[kNormKinds] = {
-      rank_kernel<NonzeroCount, T>, rank_kernel<Sum, T>,     rank_kernel<SumOfSquares, T>,
-      rank_kernel<Maximum, T>,      rank_kernel<Minimum, T>, rank_kernel<HalfIntegerPowerSum, T>,
-      rank_kernel<PowerSum, T>};
+template <class T, class Table>
+RankKernel<Table> rank_kernel_of(NormKind kind) {
+  constexpr RankKernel<Table> kKernels[kNormKinds] = {
+      rank_kernel<NonzeroCount, T, Table>, rank_kernel<Sum, T, Table>,
+      rank_kernel<SumOfSquares, T, Table>, rank_kernel<Maximum, T, Table>,
+      rank_kernel<Minimum, T, Table>,      rank_kernel<HalfIntegerPowerSum, T, Table>,
+      rank_kernel<PowerSum, T, Table>};
   return kKernels[static_cast<int>(kind)];
 }
 
-Kernel kernel_of(ElementType type, NormKind kind) {
+template <class Table>
+RankKernel<Table> rank_kernel_of(ElementType type, NormKind kind) {
   switch (type) {
-    case ElementType::float64: return kernel_of<double>(kind);
-    case ElementType::float32: return kernel_of<float>(kind);
-    case ElementType::float16: return kernel_of<c10::Half>(kind);
-    case ElementType::bfloat16: return kernel_of<c10::BFloat16>(kind);
-    default: return kernel_of<Float8>(kind);
+    case ElementType::float64: return rank_kernel_of<double, Table>(kind);
+    case ElementType::float32: return rank_kernel_of<float, Table>(kind);
+    case ElementType::float16: return rank_kernel_of<c10::Half, Table>(kind);
+    case ElementType::bfloat16: return rank_kernel_of<c10::BFloat16, Table>(kind);
+    default: return rank_kernel_of<Float8, Table>(kind);
   }
 }
 
-using RootKernel = void (*)(const RootTask*, int, double);
-constexpr RootKernel kRootKernels[kNormKinds] = {
-    root_kernel<NonzeroCount>, root_kernel<Sum>,     root_kernel<SumOfSquares>,
-    root_kernel<Maximum>,      root_kernel<Minimum>, root_kernel<HalfIntegerPowerSum>,
-    root_kernel<PowerSum>};
+template <class Table>
+using RootKernel = void (*)(Parameter<Table>, double);
+
+template <class Table>
+RootKernel<Table> root_kernel_of(NormKind kind) {
+  constexpr RootKernel<Table> kKernels[kNormKinds] = {
+      root_kernel<NonzeroCount, Table>, root_kernel<Sum, Table>,
+      root_kernel<SumOfSquares, Table>, root_kernel<Maximum, Table>,
+      root_kernel<Minimum, Table>,      root_kernel<HalfIntegerPowerSum, Table>,
+      root_kernel<PowerSum, Table>};
+  return kKernels[static_cast<int>(kind)];
+}
 
 }  // namespace
 
-cudaError_t launch_rank(ElementType type, NormOrder order, const RankTask* tasks, int count,
-                        int64_t blocks, cudaStream_t stream) {
-  return launch(kernel_of(type, order.kind), blocks, kThreads, stream, tasks, count, order.p);
+cudaError_t launch_rank(const Batch<RankTask>& batch, NormOrder order, RankMemory memory,
+                        cudaStream_t stream) {
+  return batch.with_table([&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    const RankKernel<Table> kernel = rank_kernel_of<Table>(batch.type, order.kind);
+    return launch(kernel, batch.blocks, kThreads, stream, table, memory, order.p);
+  });
 }
 
-cudaError_t launch_root(NormOrder order, const RootTask* tasks, int count, int64_t blocks,
-                        cudaStream_t stream) {
-  return launch(kRootKernels[static_cast<int>(order.kind)], blocks, kThreads, stream, tasks, count,
-                order.p);
+cudaError_t launch_root(const Batch<RootTask>& batch, NormOrder order, cudaStream_t stream) {
+  return batch.with_table([&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    return launch(root_kernel_of<Table>(order.kind), batch.blocks, kThreads, stream, table,
+                  order.p);
+  });
 }
 
 }  // namespace lnprune::cuda

@@ -2,6 +2,12 @@
 // ops load where torch has no CUDA.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <utility>
+
 #include "../ops.h"
 #include "launches.h"
 
@@ -15,26 +21,44 @@ void check(cudaError_t error, const char* what) {
                   cudaGetErrorString(error));
 }
 
-Tensor new_bytes(size_t bytes, int32_t device_type, int32_t device, bool pinned) {
+// From torch's allocator on the current stream: reused in its order.
+Tensor new_bytes(int32_t device, size_t bytes) {
   const int64_t size = static_cast<int64_t>(bytes);
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  LNPRUNE_CHECK_CODE((pinned ? aoti_torch_empty_strided_pinned : aoti_torch_empty_strided)(
-      1, &size, &stride, aoti_torch_dtype_uint8(), device_type, device, &handle));
+  LNPRUNE_CHECK_CODE(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                              aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
+}
+
+// The tickets of a stream, on which launches follow one another: zero before and after each call,
+// so that one memory serves all of them. Calls of several threads take turns at enqueuing.
+struct StreamTickets {
+  std::mutex mutex;
+  size_t count = 0;  // of tickets in `memory`, all zero once what is enqueued has run
+  std::optional<Tensor> memory;
+};
+
+// Unlike its handle the number of a stream is not used again.
+StreamTickets& tickets_of(int32_t device, cudaStream_t stream) {
+  using Key = std::pair<int32_t, unsigned long long>;
+  // Never destroyed: at the end of the process CUDA may be gone before them.
+  static auto* const mutex = new std::mutex;
+  static auto* const all = new std::map<Key, StreamTickets>;
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+  const std::lock_guard<std::mutex> lock(*mutex);
+  return (*all)[{device, id}];
 }
 
 struct CudaBackend {
   static int32_t device_type() { return aoti_torch_device_type_cuda(); }
 
-  // From torch's allocator on the current stream: freed at the end of the call, reused in its
-  // order.
+  // Freed at the end of the call.
   class Scratch {
    public:
-    Scratch(int32_t device, size_t bytes)
-        : bytes_(new_bytes(bytes, aoti_torch_device_type_cuda(), device, false)) {}
+    Scratch(int32_t device, size_t bytes) : bytes_(new_bytes(device, bytes)) {}
     void* data() { return bytes_.mutable_data_ptr(); }
-    const Tensor& tensor() const { return bytes_; }
 
    private:
     Tensor bytes_;
@@ -48,22 +72,41 @@ struct CudaBackend {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
 
-    const cuda::Launches launches(steps);
-    Scratch memory(device, launches.bytes());
-    if (capture == cudaStreamCaptureStatusNone) {
-      // Pinned memory of torch's allocator, which reuses it only when the copy has ended.
-      Tensor table = new_bytes(launches.table_bytes(), aoti_torch_device_type_cpu(), 0, true);
-      launches.write_table(table.mutable_data_ptr(), memory.data());
-      Tensor begin = torch::stable::narrow(const_cast<Tensor&>(memory.tensor()), 0, 0,
-                                           static_cast<int64_t>(launches.table_bytes()));
-      torch::stable::copy_(begin, table, true);
-    } else {
-      // A captured copy would read this host memory at every replay; parameters stay in the graph.
-      std::vector<char> table(launches.table_bytes());
-      launches.write_table(table.data(), memory.data());
-      check(cuda::upload(table.data(), table.size(), memory.data(), stream), "a launch");
+    cuda::Launches launches(steps);
+    const size_t ticket_bytes = launches.tickets() * sizeof(unsigned);
+    if (capture != cudaStreamCaptureStatusNone) {
+      // A graph is replayed beside other calls, on any stream: its tickets are its own.
+      Scratch memory(device, launches.bytes() + ticket_bytes);
+      auto* tickets =
+          reinterpret_cast<unsigned*>(static_cast<char*>(memory.data()) + launches.bytes());
+      if (ticket_bytes > 0) {
+        check(cudaMemsetAsync(tickets, 0, ticket_bytes, stream), "cudaMemsetAsync");
+      }
+      check(launches.run(memory.data(), tickets, stream), "a launch");
+      return;
     }
-    check(launches.run(memory.data(), stream), "a launch");
+    Scratch memory(device, launches.bytes());
+    if (ticket_bytes == 0) {
+      check(launches.run(memory.data(), nullptr, stream), "a launch");
+      return;
+    }
+    StreamTickets& tickets = tickets_of(device, stream);
+    const std::lock_guard<std::mutex> lock(tickets.mutex);
+    if (tickets.count < launches.tickets()) {
+      constexpr size_t kFewest = 1024;
+      const size_t count = std::max(2 * launches.tickets(), kFewest);
+      tickets.count = 0;
+      tickets.memory = new_bytes(device, count * sizeof(unsigned));
+      check(
+          cudaMemsetAsync(tickets.memory->mutable_data_ptr(), 0, count * sizeof(unsigned), stream),
+          "cudaMemsetAsync");
+      tickets.count = count;
+    }
+    auto* const drawn = static_cast<unsigned*>(tickets.memory->mutable_data_ptr());
+    const cudaError_t error = launches.run(memory.data(), drawn, stream);
+    // Of launches of which some did not run, tickets may stay drawn.
+    if (error != cudaSuccess) tickets.count = 0;
+    check(error, "a launch");
   }
 
   static void prepare_output(void*, size_t) {}

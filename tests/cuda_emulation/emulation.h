@@ -17,6 +17,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define LNPRUNE_PARAMETER(Type, name) const Type& name
 #define LNPRUNE_SHARED(Type, name, count) \
   auto* name = reinterpret_cast<Type*>(   \
       ::lnprune::emulation::shared(__FILE__, __LINE__, sizeof(Type) * (count)))
@@ -104,11 +105,21 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return before;
 }
 
+// Counts from zero to `most` and then to zero again.
+inline unsigned atomicInc(unsigned* address, unsigned most) {
+  const unsigned before = *address;
+  *address = before >= most ? 0 : before + 1;
+  return before;
+}
+
 inline int __clzll(long long value) {
   return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
 }
 
 namespace lnprune::cuda {
+
+template <class T>
+using Parameter = const T&;
 
 template <class T, int kBytes>
 struct Vector;
@@ -164,9 +175,11 @@ T load_from_other_blocks(const T* address) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t,
-                   Arguments... arguments) {
-  static_assert((std::is_same_v<Parameters, Arguments> && ...), "as for a launch on a GPU");
-  return emulation::run([=] { kernel(arguments...); }, blocks, threads);
+                   const Arguments&... arguments) {
+  static_assert((std::is_same_v<std::decay_t<Parameters>, Arguments> && ...),
+                "as for a launch on a GPU");
+  static_assert((sizeof(Arguments) + ...) <= 32764, "more parameters than a kernel can have");
+  return emulation::run([&] { kernel(arguments...); }, blocks, threads);
 }
 
 }  // namespace lnprune::cuda

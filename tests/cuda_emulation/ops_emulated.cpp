@@ -2,7 +2,7 @@
 // knobs.
 #include <pybind11/pybind11.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <mutex>
 
 #include "../../csrc/cuda/launches.h"
@@ -11,8 +11,8 @@
 namespace lnprune {
 namespace {
 
-// As on a stream that records a graph: tables travel as parameters of launches.
-bool recording = false;
+// Kept from call to call, as on a stream: every call must leave zeros.
+std::vector<unsigned> tickets;
 
 struct EmulatedBackend {
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
@@ -20,18 +20,14 @@ struct EmulatedBackend {
   static void run(int32_t, const Steps& steps) {
     static std::mutex one_launch_at_a_time;
     const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-    const cuda::Launches launches(steps);
+    cuda::Launches launches(steps);
     Scratch memory(0, launches.bytes());
-    std::vector<char> table(launches.table_bytes(), '\xa5');
-    launches.write_table(table.data(), memory.data());
-    cudaError_t error = cudaSuccess;
-    if (recording) {
-      error = cuda::upload(table.data(), table.size(), memory.data(), nullptr);
-    } else {
-      std::memcpy(memory.data(), table.data(), table.size());
-    }
-    if (error == cudaSuccess) error = launches.run(memory.data(), nullptr);
+    if (tickets.size() < launches.tickets()) tickets.resize(launches.tickets());
+    const cudaError_t error = launches.run(memory.data(), tickets.data(), nullptr);
+    const bool drawn = std::count(tickets.begin(), tickets.end(), 0u) != tickets.size();
+    if (error != cudaSuccess || drawn) tickets.clear();
     STD_TORCH_CHECK(error == cudaSuccess, "emulated launch: ", emulation::error_message());
+    STD_TORCH_CHECK(!drawn, "emulated launch: tickets that are not zero at its end");
   }
 
   // As little is known of fresh memory on a GPU.
@@ -73,7 +69,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_schedule", [](int schedule, uint64_t seed) {
     lnprune::emulation::set_schedule(static_cast<lnprune::emulation::Schedule>(schedule), seed);
   });
-  m.def("set_recording", [](bool on) { lnprune::recording = on; });
   m.attr("schedules") = lnprune::emulation::kSchedules;
   m.def("start_metering", [] {
     lnprune::emulation::meter() = {};
