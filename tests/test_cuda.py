@@ -444,6 +444,82 @@ def test_threads_with_streams_of_their_own():
                 assert_same_results(result, expected[i], i)
 
 
+def many_matrices():
+    """More than the tables of one launch hold, with their masks: each of several strips and chunks."""
+    return [torch.randn(300, 700, device="cuda") for _ in range(120)], [0, 1] * 60
+
+
+def test_threads_on_one_stream():
+    """What the threads enqueue mixes, launch by launch."""
+    tensors, dims = many_matrices()
+    masks = prune(tensors, dims)[0]
+    expected = on_the_cpu(tensors, dims, masks)
+
+    def work(_):
+        return [prune(tensors, dims, masks) for _ in range(10)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(4)):
+            for result in results:
+                assert_same_results(result, expected)
+
+
+def test_a_large_call_behind_small_ones_that_wait():
+    """The first calls of a stream are still queued when a call needs more counters than they do."""
+    small, large = one_matrix(), many_matrices()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG)
+        results = [prune(*each) for each in (small, large, small, large)]
+    stream.synchronize()
+    for result, each in zip(results, (small, large, small, large), strict=True):
+        assert_same_results(result, on_the_cpu(*each))
+
+
+def test_a_graph_beside_calls_on_other_streams():
+    tensors, dims = many_matrices()
+    graph, results = captured(lambda: prune(tensors, dims))
+    others, other_dims = many_matrices()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    eager = []
+    for _ in range(10):
+        with torch.cuda.stream(streams[0]):
+            graph.replay()
+        with torch.cuda.stream(streams[1]):
+            eager.append(prune(others, other_dims))
+    torch.cuda.synchronize()
+    assert_same_results(results, on_the_cpu(tensors, dims))
+    for result in eager:
+        assert_same_results(result, on_the_cpu(others, other_dims))
+
+
+def test_nothing_stays_in_a_memory_pool():
+    tensors, dims = many_matrices()
+    expected = on_the_cpu(tensors, dims)
+    pool = torch.cuda.MemPool()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
+        results = prune(tensors, dims)
+        stream.synchronize()
+        assert_same_results(results, expected)
+        del results
+    blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+    assert {block["state"] for block in blocks} <= {"inactive"}
+
+
+def test_compiled_into_graphs():
+    weight = torch.randn(1030, 1100, device="cuda")
+    compiled = torch.compile(
+        lambda tensor: ops.channel_norms([tensor], [0], 2.0)[0] + 1, mode="reduce-overhead"
+    )
+    for _ in range(5):
+        values = compiled(weight).clone()
+        cases.assert_same_bits(values, lnprune.channel_norms(weight, 2, 0) + 1)
+
+
 # Devices.
 
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <utility>
 
 #include "../ops.h"
@@ -35,8 +34,8 @@ Tensor new_bytes(int32_t device, size_t bytes) {
 // so that one memory serves all of them. Calls of several threads take turns at enqueuing.
 struct StreamTickets {
   std::mutex mutex;
-  size_t count = 0;  // of tickets in `memory`, all zero once what is enqueued has run
-  std::optional<Tensor> memory;
+  size_t count = 0;
+  unsigned* memory = nullptr;
 };
 
 // Unlike its handle the number of a stream is not used again.
@@ -49,6 +48,29 @@ StreamTickets& tickets_of(int32_t device, cudaStream_t stream) {
   check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
   const std::lock_guard<std::mutex> lock(*mutex);
   return (*all)[{device, id}];
+}
+
+// At least `count` tickets that are zero when what is enqueued now has run. From CUDA, not from
+// torch's allocator: what outlives a call has no place in the pools of graphs, or in those that
+// their owner empties. What they replace stays, since launches may be using it: each replacement
+// is twice as large, so that all before it are as much again.
+cudaError_t provide(StreamTickets& tickets, size_t count, cudaStream_t stream) {
+  if (count <= tickets.count) return cudaSuccess;
+  constexpr size_t kFewest = 1024;
+  const size_t grown = std::max({2 * tickets.count, count, kFewest});
+  // Another thread may be recording a graph, which forbids this in every thread that does not say
+  // that it has nothing to do with it.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) return error;
+  void* memory = nullptr;
+  error = cudaMalloc(&memory, grown * sizeof(unsigned));
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, grown * sizeof(unsigned), stream);
+  if (error != cudaSuccess) return error;
+  tickets.memory = static_cast<unsigned*>(memory);
+  tickets.count = grown;
+  return cudaSuccess;
 }
 
 struct CudaBackend {
@@ -92,18 +114,8 @@ struct CudaBackend {
     }
     StreamTickets& tickets = tickets_of(device, stream);
     const std::lock_guard<std::mutex> lock(tickets.mutex);
-    if (tickets.count < launches.tickets()) {
-      constexpr size_t kFewest = 1024;
-      const size_t count = std::max(2 * launches.tickets(), kFewest);
-      tickets.count = 0;
-      tickets.memory = new_bytes(device, count * sizeof(unsigned));
-      check(
-          cudaMemsetAsync(tickets.memory->mutable_data_ptr(), 0, count * sizeof(unsigned), stream),
-          "cudaMemsetAsync");
-      tickets.count = count;
-    }
-    auto* const drawn = static_cast<unsigned*>(tickets.memory->mutable_data_ptr());
-    const cudaError_t error = launches.run(memory.data(), drawn, stream);
+    check(provide(tickets, launches.tickets(), stream), "memory for tickets");
+    const cudaError_t error = launches.run(memory.data(), tickets.memory, stream);
     // Of launches of which some did not run, tickets may stay drawn.
     if (error != cudaSuccess) tickets.count = 0;
     check(error, "a launch");
