@@ -10,13 +10,12 @@ constexpr int64_t kLanes = 32;
 template <class Real>
 using SquareSum = SumOfSquares<Real, (LNPRUNE_X86_64_LEVEL >= 3)>;
 
-// Asks for the elements this far ahead of those that are read: a single stream leaves the memory
-// waiting. Into the L2 cache: what waits for the L1 cache holds up the loads that are needed now.
-constexpr int64_t kAheadBytes = 4096;
-
+// Asks for the elements that many bytes ahead of those that are read: the streams that the
+// processor finds by itself leave the memory waiting. Into the L2 cache: what waits for the L1
+// cache holds up the loads that are needed now.
 template <class T>
-LNPRUNE_FUNCTION void prefetch_lanes(const T* elements) {
-  const char* bytes = reinterpret_cast<const char*>(elements) + kAheadBytes;
+LNPRUNE_FUNCTION void prefetch_lanes(const T* elements, int64_t ahead) {
+  const char* bytes = reinterpret_cast<const char*>(elements) + ahead;
   constexpr int64_t kBytes = kLanes * sizeof(T);
   for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(bytes + line, 0, 2);
 }
@@ -40,6 +39,7 @@ struct RealFor<PowerSum, T> {
 template <class Norm, class Real, class T>
 LNPRUNE_FUNCTION void reduce_run(const Norm norm, const T* elements, int64_t length,
                                  typename Norm::Accumulator* lanes) {
+  constexpr int64_t kAhead = 4096;
   alignas(64) Real buffer[kBlock];
   typename Norm::Accumulator a[kLanes];
   for (int64_t l = 0; l < kLanes; ++l) a[l] = lanes[l];
@@ -48,7 +48,7 @@ LNPRUNE_FUNCTION void reduce_run(const Norm norm, const T* elements, int64_t len
     const auto x = widen(elements + start, n, buffer);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      prefetch_lanes(elements + start + i);
+      prefetch_lanes(elements + start + i, kAhead);
       for (int64_t l = 0; l < kLanes; ++l) a[l] = norm.map(a[l], x[i + l]);
     }
     for (int64_t l = 0; i + l < n; ++l) a[l] = norm.map(a[l], x[i + l]);
@@ -77,6 +77,8 @@ void reduce_runs(const Norm norm, const Chunk& chunk, typename Norm::Partial* pa
     for (int64_t c = 0; c < channels; ++c) {
       typename Norm::Partial sum[kLanes];
       for (int64_t l = 0; l < kLanes; ++l) sum[l] = norm.partial(lanes[c][l]);
+      // As loops of known lengths: a short run's fold takes as long as its elements do.
+#pragma GCC unroll 5
       for (int64_t width = kLanes / 2; width > 0; width /= 2) {
         for (int64_t l = 0; l < width; ++l) sum[l] = norm.combine(sum[l], sum[l + width]);
       }
@@ -91,6 +93,9 @@ template <class Norm, class Real, int kRows, class T>
 LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t row_stride,
                                    int64_t columns,
                                    typename Norm::Accumulator* __restrict accumulators) {
+  // The rows after these, where they are near; within long rows a kilobyte is as good.
+  const int64_t rows_bytes = kRows * row_stride * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = rows_bytes <= 32 << 10 ? rows_bytes : 1024;
   // Short where rows go through the buffer: memory is to be read while the block before is summed.
   constexpr int64_t kColumnBlock = sizeof(T) < sizeof(float) ? 64 : kBlock;
   alignas(64) Real buffer[kRows][kColumnBlock];
@@ -102,11 +107,18 @@ LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t r
     // Apart, GCC makes the loops of a widening faster than as a loop within this one.
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) x[r] = widen(at + r * row_stride, n, buffer[r]);
-    for (int64_t j = 0; j < n; ++j) {
+    const auto add_column = [&](int64_t j) {
       typename Norm::Accumulator sum = a[j];
       for (int r = 0; r < kRows; ++r) sum = norm.map(sum, x[r][j]);
       a[j] = sum;
+    };
+    int64_t first = 0;
+    for (; first + kLanes <= n; first += kLanes) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) prefetch_lanes(at + r * row_stride + first, ahead);
+      for (int64_t l = 0; l < kLanes; ++l) add_column(first + l);
     }
+    for (int64_t j = first; j < n; ++j) add_column(j);
   }
 }
 
