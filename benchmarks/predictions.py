@@ -30,16 +30,23 @@ LAUNCH_SECONDS = 4.5e-6
 # of a block hold. Both are about a thousand cycles.
 ROUND_TRIP_SECONDS = 0.5e-6
 PASS_SECONDS = 0.5e-6
-PASSES = 3  # the range of the keys, and two histograms
+HISTOGRAMS = 2  # each in a pass, after one for the range of the keys, which are neither far apart nor equal
+# A sum over the threads of a block: five shuffles, two barriers of 50 cycles each, and the sums of its
+# warps one after another. About 500 cycles.
+SUM_SECONDS = 0.25e-6
 # What a multiprocessor receives from the L2 cache: 64 bytes a cycle of 1.98 GHz.
 BLOCK_BYTES_PER_SECOND = 64 * 1.98e9
-# How often the select step's own kernel reads every norm, if they are more than a block holds.
+# How often a block of the select step's own kernel reads every norm, if they are more than it holds: for
+# their range, for one histogram, and to move what is left to the threads.
 READINGS = 3
 
 # As in csrc/cuda/launches.h: what the rank step selects from itself, what a block of the select step holds,
 # and how many tensors the table of one launch describes.
 MOST_CHANNELS_OF_RANK = 4096
 CHANNELS_OF_SELECT_BLOCK = 8192
+KEYS_OF_THREAD = 16
+RANK_HISTOGRAM_BITS = 10
+SELECT_HISTOGRAM_BITS = 11
 RANK_TENSORS = 190
 SELECT_TENSORS = 629
 WRITE_TENSORS = 327
@@ -69,15 +76,24 @@ def predicted_seconds(
     return launches * LAUNCH_SECONDS + (bytes_read + bytes_written) / (EFFICIENCY * copy_bytes_per_second)
 
 
-def predicted_selection_seconds(channels: int) -> float:
-    """The selection of one tensor from its norms, by one block, its launch included where it has one."""
-    flags = PASS_SECONDS / 2
-    if channels <= MOST_CHANNELS_OF_RANK:
-        return ROUND_TRIP_SECONDS + PASSES * PASS_SECONDS + flags
+def predicted_selection_seconds(channels: int, *, longest: bool = False) -> float:
+    """The selection of one tensor from its norms, by one block, its launch included where it has one.
+
+    The longest one has norms far apart and many that are equal, of which the cut keeps some.
+    """
+    by_rank = channels <= MOST_CHANNELS_OF_RANK
+    bits = RANK_HISTOGRAM_BITS if by_rank else SELECT_HISTOGRAM_BITS
+    histograms = math.ceil(64 / bits) if longest else HISTOGRAMS
+    in_block = ROUND_TRIP_SECONDS + (1 + histograms) * PASS_SECONDS + PASS_SECONDS / 2  # half for the flags
+    if longest:
+        in_block += KEYS_OF_THREAD * SUM_SECONDS
+    if by_rank:
+        return in_block
     tiles = math.ceil(channels / CHANNELS_OF_SELECT_BLOCK)
     reading = max(8 * channels / BLOCK_BYTES_PER_SECOND, tiles * ROUND_TRIP_SECONDS)
-    readings = 1 if tiles == 1 else READINGS
-    return LAUNCH_SECONDS + readings * reading + PASSES * PASS_SECONDS + ROUND_TRIP_SECONDS + flags
+    # At the longest each histogram reads all norms, and ties are counted in the tiles before the last.
+    readings = 1 if tiles == 1 else 1 + histograms + 1 if longest else READINGS
+    return LAUNCH_SECONDS + readings * reading + in_block
 
 
 class Prediction(NamedTuple):
@@ -177,10 +193,12 @@ def table() -> str:
 
 def selection_table() -> str:
     """The selection of one tensor as Markdown."""
-    lines = ["| channels | by | predicted, µs |", "|---:|---|---:|"]
+    lines = ["| channels | by | predicted, µs | the longest, µs |", "|---:|---|---:|---:|"]
     for channels in (64, MOST_CHANNELS_OF_RANK, 8192, 16_384, 128_256):
         by = "the rank step" if channels <= MOST_CHANNELS_OF_RANK else "a launch of its own"
-        lines.append(f"| {channels:,} | {by} | {predicted_selection_seconds(channels) * 1e6:.0f} |")
+        times = (predicted_selection_seconds(channels, longest=longest) for longest in (False, True))
+        usual, most = (f"{seconds * 1e6:.0f}" for seconds in times)
+        lines.append(f"| {channels:,} | {by} | {usual} | {most} |")
     return "\n".join(lines)
 
 

@@ -106,6 +106,7 @@ class Instruction(NamedTuple):
 
 Code = list[Instruction]
 
+FLOAT64_SUM = r"D(?:FMA|MUL|ADD)\b"
 MEMORY = r"(?:LD|LDG|LDL|LDS|LDSM|ST|STG|STL|STS|ATOM|ATOMG|ATOMS|RED)\b"
 
 
@@ -234,6 +235,17 @@ def wide_load(kernel: str) -> str:
 
 def hot_loops(kernel: str, code: Code) -> list[Code]:
     return [loop for loop in innermost_loops(code) if count(loop, wide_load(kernel)) > 0]
+
+
+def loads_from_other_blocks(code: Code) -> int:
+    """Eight bytes each, from the cache that all multiprocessors share."""
+    return count(code, r"LDG\.E\.64\.STRONG\.GPU\b")
+
+
+def fenced_tickets(code: Code) -> int:
+    """Drawn between two fences for the whole device, each with a barrier between it and the ticket."""
+    steps = (re.match(r"MEMBAR(?=\.\w+\.GPU)|BAR\b|ATOMG\.E\.INC\b", i.operation) for i in code)
+    return " ".join(step[0] for step in steps if step).count("MEMBAR BAR ATOMG.E.INC BAR MEMBAR")
 
 
 def loads_used_early(kernel: str, loop: Code) -> list[str]:
@@ -376,6 +388,11 @@ def element_bytes(element: str) -> int:
     return {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}.get(element, 1)
 
 
+def ways_to_rank(kernel: str) -> int:
+    """Channels as runs and as columns, each for the norm and, where that is another, for p = 0."""
+    return 2 if "NonzeroCount" in kernel else 4
+
+
 def loads_in_flight(kernel: str, blocks: int) -> int:
     """Bytes that the threads of a multiprocessor ask for before they use any."""
     step, element = kernel.split()[0], kernel.split()[-1]
@@ -413,8 +430,7 @@ def test_no_instruction_uses_local_memory(machine_code, architecture):
 def test_ranking_loops_load_whole_vectors(machine_code, architecture, kernel):
     code = machine_code[architecture][kernel]
     loops = hot_loops(kernel, code)
-    # Channels as runs and as columns, each for the norm and, unless it is the same, for counts of masks.
-    assert len(loops) >= (2 if "NonzeroCount" in kernel else 4)
+    assert len(loops) >= ways_to_rank(kernel)
     loads = [count(loop, wide_load(kernel)) for loop in loops]
     assert loads == [constant("norms.cu", "kVectorLoads")] * len(loops)
     assert sum(loads) == count(code, wide_load(kernel))
@@ -439,6 +455,25 @@ def test_ranking_loops_touch_no_other_memory(machine_code, architecture, kernel)
     }
     # What the bits of float8 stand for is looked up in a table of the block.
     assert accesses <= ({"LDS"} if kernel.endswith("float8") else set())
+
+
+@pytest.mark.parametrize("kernel", with_many(RANK))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_other_blocks_stored_is_loaded_from_the_cache_of_all(machine_code, architecture, kernel):
+    code = machine_code[architecture][kernel]
+    # A partial of each way to rank; norms and counts to select from.
+    assert loads_from_other_blocks(code) == ways_to_rank(kernel) + 2 * constant("launches.h", "kRankKeys")
+    elements = {"float64": {"LDG.E.64"}, "float8": {"LDG.E.64.CONSTANT"}}.get(kernel.split()[-1], set())
+    loads = {i.operation for i in code if re.match(r"LDG?\.E\.(?:\w+\.)*64\b", i.operation)}
+    assert loads == elements | {"LDG.E.64.STRONG.GPU"}
+
+
+@pytest.mark.parametrize("kernel", with_many(RANK))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tickets_are_drawn_between_fences(machine_code, architecture, kernel):
+    code = machine_code[architecture][kernel]
+    # One of a strip in each way to rank, and one of a tensor to select from.
+    assert fenced_tickets(code) == count(code, r"ATOMG\b") == ways_to_rank(kernel) + 1
 
 
 @pytest.mark.parametrize("kernel", with_many(WRITE))
@@ -545,6 +580,15 @@ __global__ void narrow_kernel(const float* x, float* y, int n) {
   for (int i = 0; i < n; ++i) sum += __ldg(x + i);
   *y = sum;
 }
+
+__global__ void racing_kernel(const double* partials, unsigned* tickets, double* sums) {
+  __shared__ int last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(tickets, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (last != 0) sums[threadIdx.x] = partials[threadIdx.x];
+}
 """
 
 
@@ -568,6 +612,8 @@ def test_the_readers_see_the_faults_they_look_for(nvcc, cuobjdump, tmp_path):
         assert loads_used_early("waiting", waiting) != []
         assert innermost_loops(code["narrow"]) != []
         assert hot_loops("narrow", code["narrow"]) == []
+        assert count(code["racing"], r"ATOMG\.E\.INC\b") == count(code["racing"], r"LDG\.E\.64\b") == 1
+        assert fenced_tickets(code["racing"]) == loads_from_other_blocks(code["racing"]) == 0
 
 
 # --- The host's side ------------------------------------------------------------------------------------
@@ -625,23 +671,27 @@ def spread(values: list[int]) -> str:
 
 
 def instruction_table(machine_code: dict[str, Code]) -> str:
-    """Instructions per element of the rank step's loops for p = 2 and of the write step, as Markdown."""
+    """Instructions per element of the rank step's loops, for p = 2 and to count what is not zero, and of
+    the write step, as Markdown.
+    """
     lines = [
-        "| dtype | to rank | share of issue slots | to write | share of issue slots |",
-        "|---|---:|---:|---:|---:|",
+        "| dtype | to rank | share of issue slots | to count | share of issue slots "
+        "| to write | share of issue slots |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for element in (*ELEMENTS, *FLOAT8):
         size = element_bytes(element)
         rank = "rank SumOfSquares " + ("float8" if element in FLOAT8 else element)
         in_flight = constant("norms.cu", "kVectorLoads") * (8 if element in FLOAT8 else 16) // size
-        # Of runs and of columns; those that count what is not zero take more.
-        lengths = sorted(len(loop) / in_flight for loop in hot_loops(rank, machine_code[rank]))[:2]
-        ranked = " to ".join(sorted({f"{length:.1f}" for length in lengths}))
+        loops = hot_loops(rank, machine_code[rank])
+        cells = [element]
+        for sums in (True, False):  # of squares, which alone take arithmetic in float64
+            lengths = [len(loop) / in_flight for loop in loops if sums == (count(loop, FLOAT64_SUM) > 0)]
+            cells.append(" to ".join(sorted({f"{length:.1f}" for length in lengths})))
+            cells.append(f"{issue_share(max(lengths), size):.2f}")
         written = instructions_to_write(element, machine_code[f"write {element}"])
-        lines.append(
-            f"| {element} | {ranked} | {issue_share(max(lengths), size):.2f} "
-            f"| {written:.1f} | {issue_share(written, 3 * size):.2f} |"
-        )
+        cells += [f"{written:.1f}", f"{issue_share(written, 3 * size):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

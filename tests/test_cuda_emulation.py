@@ -120,11 +120,17 @@ def check_large_selection(native: Any) -> None:
     for mask_counts in ([], [flags.to(torch.float64) for flags in alive]):
         keep = native.select_channels(norms, mask_counts, counts, [0.0] * len(norms))
         for flags, values, part, count in zip(keep, norms, alive, counts, strict=True):
-            left = part.nonzero().flatten() if mask_counts else torch.arange(len(values))
-            ranking = left[torch.sort(values[left], descending=True, stable=True).indices]
-            expected = torch.zeros(len(values), dtype=torch.bool)
-            expected[ranking[: len(left) - count]] = True
-            assert torch.equal(flags, expected), "another choice"
+            taking_part = part if mask_counts else torch.ones_like(part)
+            assert torch.equal(flags, expected_keep(values, taking_part, count)), "another choice"
+
+
+def expected_keep(norms: Tensor, alive: Tensor, pruned: int) -> Tensor:
+    """The choice among the channels that are alive, by torch's stable sort."""
+    left = alive.nonzero().flatten()
+    ranking = left[torch.sort(norms[left], descending=True, stable=True).indices]
+    keep = torch.zeros(len(norms), dtype=torch.bool)
+    keep[ranking[: max(0, len(left) - pruned)]] = True
+    return keep
 
 
 def check_pruning(native: Any) -> None:
@@ -151,6 +157,71 @@ def check_pruning(native: Any) -> None:
     for keep, mask, dim in zip(repeated, again, dims, strict=True):
         kept = mask.movedim(dim, 0).flatten(1).amax(dim=1) != 0
         assert torch.equal(kept, keep), "another choice"
+
+
+def check_selection_of_the_rank_step(native: Any) -> None:
+    """The choice among as many channels as the rank step takes, and one more or less, of any norms; with
+    old masks of which many channels are dead, or all.
+    """
+    tensors = [
+        torch.stack([norms, torch.zeros_like(norms)], dim=number % 2)
+        for channels in range(MOST_CHANNELS_OF_RANK - 1, MOST_CHANNELS_OF_RANK + 2)
+        for number, norms in enumerate(norms_to_choose_from(channels))
+    ]
+    dims = [int(tensor.shape[0] == 2) for tensor in tensors]
+    masks = [random_mask(tensor.shape, dim, 0.3) for tensor, dim in zip(tensors, dims, strict=True)]
+    all_dead = [torch.zeros_like(tensor) for tensor in tensors]
+    for old, count, fraction in (
+        ([], 1000, 0.0),
+        ([], -1, 0.97),
+        (masks, 1000, 0.0),
+        (masks, -1, 0.5),
+        (all_dead, -1, 0.5),
+    ):
+        amounts = [count] * len(tensors), [fraction] * len(tensors)
+        check_prune(native, tensors, old, dims, math.inf, *amounts)
+
+
+def norms_to_choose_from(channels: int) -> list[Tensor]:
+    """Full of ties, far apart with infinity and NaN among them, close together, all NaN, all equal."""
+    far_apart = (100 * torch.randn(channels, dtype=torch.float64)).exp()
+    far_apart[torch.rand(channels) < 0.1] = math.inf
+    far_apart[torch.rand(channels) < 0.1] = math.nan
+    return [
+        torch.randint(0, 7, (channels,)).to(torch.float64),
+        far_apart,
+        torch.rand(channels, dtype=torch.float64) * 1e-12 + 1,
+        torch.full((channels,), math.nan, dtype=torch.float64),
+        torch.ones(channels, dtype=torch.float64),
+    ]
+
+
+def random_mask(shape: tuple[int, ...], dim: int, alive: float) -> Tensor:
+    """In float64: a share of the channels is alive, each by its second element alone."""
+    mask = torch.zeros(shape, dtype=torch.float64)
+    mask.movedim(dim, 0)[torch.rand(shape[dim]) < alive, 1] = 1
+    return mask
+
+
+def check_prune(
+    native: Any,
+    tensors: list[Tensor],
+    masks: list[Tensor],
+    dims: list[int],
+    p: float,
+    counts: list[int],
+    fractions: list[float],
+) -> None:
+    """A call to prune against norms in extended precision, a sort and torch's products, bit by bit."""
+    new_masks, weights = native.prune_channels(tensors, masks, tensors, dims, p, counts, fractions)
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        old = masks[i] if masks else None
+        alive = (torch.ones_like(tensor) if old is None else old).movedim(dim, 0).flatten(1).any(dim=1)
+        pruned = counts[i] if counts[i] >= 0 else round(fractions[i] * int(alive.sum()))
+        keep = expected_keep(cases.exact_norms(tensor, p, dim), alive, pruned)
+        expected_mask, expected_weight = cases.expected_write(keep, tensor, old, tensor, dim)
+        cases.assert_same_bits(new_masks[i], expected_mask, f"mask {i}")
+        cases.assert_same_bits(weights[i], expected_weight, f"weight {i}")
 
 
 def check_writing(native: Any) -> None:
@@ -200,6 +271,17 @@ def check_long_list(native: Any) -> None:
     assert zeros == [[False, True, False]] * len(tensors), "other elements are zero"
 
 
+def check_long_list_of_strips(native: Any) -> None:
+    """First and repeated masks of more tensors of several strips than a launch ranks with their masks."""
+    shapes = [(130, 66) if number % 2 else (2, 1100) for number in range(100)]
+    tensors = [torch.randint(-9, 10, shape).to(torch.float32) for shape in shapes]
+    dims = [int(shape[0] == 2) for shape in shapes]
+    masks = [random_mask(shape, dim, 0.6).float() for shape, dim in zip(shapes, dims, strict=True)]
+    amounts = [-1] * len(shapes), [0.5] * len(shapes)
+    check_prune(native, tensors, [], dims, 1.0, *amounts)
+    check_prune(native, tensors, masks, dims, 1.0, *amounts)
+
+
 def check_traffic(native: Any) -> None:
     """What is moved to rank and to prune a convolution."""
     assert_little_traffic(native.module, LAYOUTS["convolution_3x3_narrow_dim_1"], torch.float32)
@@ -219,9 +301,11 @@ CHECKS = [
     check_selection,
     check_large_selection,
     check_pruning,
+    check_selection_of_the_rank_step,
     check_writing,
     check_zeroing,
     check_long_list,
+    check_long_list_of_strips,
     check_traffic,
     check_traffic_in_place,
 ]
@@ -360,12 +444,59 @@ BUGS = {
         "strips = 1;",
         check_pruning,
     ),
-    "selection_of_the_rank_step_left_out": Bug(
+    "selection_before_the_old_mask_is_counted": Bug(
         "hand-over to the selection",
         "launches.cpp",
         "    if (item.mask_counts != nullptr) parts.push_back(&tasks[steps.scores.size() + i]);\n",
         "",
         check_pruning,
+    ),
+    "selection_before_an_old_mask_of_the_next_launch_is_counted": Bug(
+        "hand-over to the selection",
+        "launches.cpp",
+        "    if (item.mask_counts != nullptr) parts",
+        "    constexpr size_t kTasks = Batch<RankTask>::ManyTasks::kCapacity;\n"
+        "    if (item.mask_counts != nullptr && steps.scores.size() + i < kTasks) parts",
+        check_long_list_of_strips,
+    ),
+    "more_channels_than_the_rank_step_holds": Bug(
+        "selection of the rank step",
+        "launches.cpp",
+        " && item.channels <= kMostChannelsOfRank;",
+        ";",
+        check_selection_of_the_rank_step,
+    ),
+    "histogram_of_the_rank_step_read_before_a_barrier": Bug(
+        "selection of the rank step",
+        "select_block.h",
+        "      __syncthreads();\n      // Thread 0 has",
+        "      // Thread 0 has",
+        check_selection_of_the_rank_step,
+        built_into=("norms.cu",),
+    ),
+    "bucket_that_reaches_beyond_nan": Bug(
+        "selection of the rank step",
+        "select_block.h",
+        "high = high - low < width ? high : low + width;",
+        "high = low + width;",
+        check_selection_of_the_rank_step,
+        built_into=("norms.cu",),
+    ),
+    "ties_of_the_keys_before_not_counted": Bug(
+        "selection of the rank step",
+        "select_block.h",
+        "        before_row += in_row;\n",
+        "",
+        check_selection_of_the_rank_step,
+        built_into=("norms.cu",),
+    ),
+    "masked_channels_take_part_in_the_rank_step": Bug(
+        "selection of the rank step",
+        "select_block.h",
+        "if (values[k] == 0) keys",
+        "if (values[k] < 0) keys",
+        check_selection_of_the_rank_step,
+        built_into=("norms.cu",),
     ),
     "last_element_of_a_run_left_out": Bug(
         "bounds of the rank step",
