@@ -106,13 +106,17 @@ struct Threads {
   void (*run)(int64_t tasks, int64_t grain, Body body, void* context);
 };
 
+// All steps of a call, by those that follow.
+void run(const Steps& steps, const Threads& threads);
+
 void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
           const Threads& threads);
 // For each channel of each mask 1 where any element is not zero, else 0, in place of a norm.
 void find_alive(const RankItem* items, size_t count, const Threads& threads);
 void root(const RootItem* items, size_t count, NormOrder order, const Threads& threads);
 void select(const SelectItem* items, size_t count, const Threads& threads);
-void write(const WriteItem* items, size_t count, const Threads& threads);
+// `bytes_of_call` is what all parts of a call write, which tells whether it stays in the caches.
+void write(const WriteItem* items, size_t count, int64_t bytes_of_call, const Threads& threads);
 void zero(const ZeroItem* items, size_t count, const Threads& threads);
 
 // Into how many tasks one tensor is cut.

@@ -22,13 +22,7 @@ struct CpuBackend {
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
   static void run(int32_t, const Steps& steps) {
-    const cpu::Threads threads{torch::stable::get_num_threads(), run_tasks};
-    cpu::rank(steps.scores.data(), steps.scores.size(), steps.order, steps.rooted, threads);
-    cpu::find_alive(steps.masks.data(), steps.masks.size(), threads);
-    cpu::root(steps.sums.data(), steps.sums.size(), steps.order, threads);
-    cpu::select(steps.selections.data(), steps.selections.size(), threads);
-    cpu::write(steps.writes.data(), steps.writes.size(), threads);
-    cpu::zero(steps.zeros.data(), steps.zeros.size(), threads);
+    cpu::run(steps, {torch::stable::get_num_threads(), run_tasks});
   }
 
   class Scratch {

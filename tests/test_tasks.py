@@ -76,3 +76,58 @@ def test_the_number_of_threads_changes_no_bit(shape, dim, threads):
         torch.set_num_threads(before)
     for one, other in zip(*found, strict=True):
         cases.assert_same_bits(one, other)
+
+
+def a_list():
+    """Weights of 1.2 MB, of several parts of a list, and one that is larger than a part."""
+    weights = [torch.randn(600, 500) for _ in range(40)]
+    weights.insert(7, torch.randn(3000, 500))
+    return weights, [i % 2 for i in range(len(weights))]
+
+
+def shares(count):
+    return [-1] * count, [0.4] * count
+
+
+def test_a_list_in_parts_is_pruned_as_its_tensors_one_by_one():
+    weights, dims = a_list()
+    masks, pruned = ops.prune_channels(weights, [], weights, dims, 2.0, *shares(len(weights)))
+    again, twice = ops.prune_channels(pruned, masks, weights, dims, 1.0, *shares(len(weights)))
+    for i, weight in enumerate(weights):
+        [mask], [product] = ops.prune_channels([weight], [], [weight], [dims[i]], 2.0, *shares(1))
+        cases.assert_same_bits(masks[i], mask, i)
+        cases.assert_same_bits(pruned[i], product, i)
+        [mask], [product] = ops.prune_channels([product], [mask], [weight], [dims[i]], 1.0, *shares(1))
+        cases.assert_same_bits(again[i], mask, i)
+        cases.assert_same_bits(twice[i], product, i)
+
+
+def test_a_list_in_parts_is_pruned_in_place_as_its_tensors_one_by_one():
+    weights, dims = a_list()
+    expected = [weight.clone() for weight in weights]
+    ops.prune_channels_(weights, weights, dims, 2.0, *shares(len(weights)))
+    for i, weight in enumerate(expected):
+        ops.prune_channels_([weight], [weight], [dims[i]], 2.0, *shares(1))
+        cases.assert_same_bits(weights[i], weight, i)
+
+
+@pytest.mark.parametrize("shared", ["scores of another", "same weight twice", "overlapping views"])
+def test_all_of_a_list_is_ranked_before_what_it_ranks_is_zeroed(shared):
+    weights, dims = a_list()
+    dims[-1] = 1 - dims[0]
+    if shared == "same weight twice":
+        weights[-1] = weights[0]
+    elif shared == "overlapping views":
+        base = torch.randn(900, 500)
+        weights[0], weights[-1] = base[:600], base[300:]
+    before = [weight.clone() for weight in weights]
+    order = list(range(len(weights)))
+    if shared == "scores of another":
+        order[0], order[-1] = order[-1], order[0]
+    scores = [weights[i] for i in order]
+    masks, _ = ops.prune_channels([before[i] for i in order], [], [], dims, 2.0, *shares(len(weights)))
+    ops.prune_channels_(scores, weights, dims, 2.0, *shares(len(weights)))
+    for i in (0, len(weights) - 1):
+        pruned = masks[i] == 0
+        assert pruned.any()
+        assert not weights[i][pruned].any(), i

@@ -179,20 +179,14 @@ void zero_runs(const ZeroItem& item, int64_t element, int64_t length, bool past_
   }
 }
 
-int64_t write_bytes(const WriteItem& item) {
-  return item.slices.elements() * element_bytes(item.type) * (item.weight == nullptr ? 1 : 2);
-}
-
 }  // namespace
 
-void write(const WriteItem* items, size_t count, const Threads& threads) {
-  int64_t bytes = 0;
-  for (size_t i = 0; i < count; ++i) bytes += write_bytes(items[i]);
+void write(const WriteItem* items, size_t count, int64_t bytes_of_call, const Threads& threads) {
   visit(
       items, count, kTileElements, threads,
-      [bytes](const WriteItem& item) {
+      [bytes_of_call](const WriteItem& item) {
         return pays_past_caches(item.new_mask, item.slices.elements() * element_bytes(item.type),
-                                bytes);
+                                bytes_of_call);
       },
       [](const WriteItem& item, const ColumnPart& part, bool past_caches) {
         instructions().write_columns[static_cast<int>(item.type)](
