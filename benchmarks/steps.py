@@ -18,6 +18,7 @@ from lnprune import ops
 CASES = [
     Case(shape, dtype, dim, 2)
     for shape, dtype in [
+        ((8, 8), torch.float32),
         ((1536, 384), torch.float32),
         ((2048, 1024), torch.float32),
         ((30522, 384), torch.bfloat16),
