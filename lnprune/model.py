@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from lnprune.application import Target, install, prune_in_place, unmask
+from lnprune.arguments import check_flags
 from lnprune.masks import Amount, multiply_, products
 from lnprune.parameters import Parameters, Patterns, collect, per_weight
 from lnprune.plan import Plan
@@ -61,6 +62,7 @@ def local_structured(
         >>> [int(mask.sum()) for mask in model.buffers()]
         [16, 4]
     """
+    check_flags(permanent=permanent)
     weights, tensors = collect(parameters, dim, include, exclude)
     scores = scores_of(weights, tensors, importance_scores)
     amounts = per_weight(amount, [weight.name for weight in weights], "amount")
@@ -108,6 +110,7 @@ def global_structured(
         >>> lnprune.global_structured(model, amount=0.25, n=2, dim="out", min_channels=8)
         Plan(2 parameters, 72 of 96 channels kept)
     """
+    check_flags(permanent=permanent)
     ranking = rank(parameters, n, dim, importance_scores, include=include, exclude=exclude)
     plan = ranking.select(
         amount,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
+from lnprune.arguments import check_flags
 from lnprune.masks import compute_mask
 from lnprune.prune import apply
 
@@ -54,7 +55,7 @@ def _patched() -> Iterator[None]:
         _exit()
 
 
-def patch(permanently: bool = False) -> contextlib.AbstractContextManager[None]:
+def patch(*, permanently: bool = False) -> contextlib.AbstractContextManager[None]:
     """Makes ``torch.nn.utils.prune.ln_structured`` and ``LnStructured`` prune as lnprune's do.
 
     For the whole process, all its threads: ``with lnprune.patch(): ...`` for the block, or
@@ -79,6 +80,7 @@ def patch(permanently: bool = False) -> contextlib.AbstractContextManager[None]:
         ...     ln_structured(module, "weight", amount=1, n=1, dim=0).weight_mask[:, 0]
         tensor([0., 1.], dtype=torch.bfloat16)
     """
+    check_flags(permanently=permanently)
     if permanently:
         _enter()
         return contextlib.nullcontext()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lnprune import plan_file, report
 from lnprune.application import Application
+from lnprune.arguments import check_flags, shown
 from lnprune.parameters import Parameters, Weight, placed
 from lnprune.plan_file import PlanEntry
 from lnprune.selection import group_norms
@@ -137,8 +138,14 @@ class Plan:
         """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
         plan_file.write(path, self.to_dict())
 
-    def apply(self, permanent: bool = False, bias: bool = False, keep_backup: bool = False) -> Plan:
-        """Prunes, all parameters or, where one raises, none.
+    def apply(
+        self,
+        *_unexpected: NoReturn,
+        permanent: bool = False,
+        bias: bool = False,
+        keep_backup: bool = False,
+    ) -> Plan:
+        """Prunes the model that was ranked: all parameters or, where one raises, none.
 
         Args:
             permanent: write zeros into the weights in place, +0.0 whatever was there, and leave no mask
@@ -147,17 +154,19 @@ class Plan:
                 modules that share a weight share its mask.
             bias: prune the biases of pruned output channels too, by the same means; the hook of a bias is
                 torch's ``CustomFromMask``.
-            keep_backup: with ``permanent``, keep the values that are overwritten, for :meth:`undo`. Without
-                them, an interrupt between the first write and the last leaves zeros behind.
+            keep_backup: only with ``permanent``, keep the values that are overwritten, for :meth:`undo`.
+                Without them, an interrupt between the first write and the last leaves zeros behind.
 
         Returns:
             the plan itself.
 
         Raises:
+            TypeError: there is an argument without its name, a model say, or one that is no bool.
             RuntimeError: the plan is applied already, or has no model; a parameter changed its shape since,
                 or shares its memory with one that is pruned along another dim; or, with ``permanent``, its
                 values lie in other tensors (DTensor) or in memory that cannot be written.
-            ValueError: ``bias`` with channels that are not a module's outputs.
+            ValueError: ``bias`` with channels that are not a module's outputs; ``keep_backup`` without
+                ``permanent``.
 
         Example:
             >>> import lnprune
@@ -167,6 +176,18 @@ class Plan:
             >>> int((model[0].weight == 0).all(dim=1).sum()), int((model[0].bias == 0).sum())
             (2, 2)
         """
+        if _unexpected:
+            raise TypeError(
+                f"apply takes no model, and its options by name, got {shown(_unexpected[0])}: a plan "
+                "prunes the model that was ranked; to prune another one, save the plan and load_plan(path, "
+                "model)"
+            )
+        check_flags(permanent=permanent, bias=bias, keep_backup=keep_backup)
+        if keep_backup and not permanent:
+            raise ValueError(
+                "keep_backup=True keeps what permanent=True overwrites: masks overwrite nothing, and "
+                "undo() takes them back without it"
+            )
         if self._application is not None:
             raise RuntimeError("this plan is applied already: undo() it first, or select another")
         self._application = Application(self._weights, self._split(), self.n, permanent, bias, keep_backup)

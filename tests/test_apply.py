@@ -630,6 +630,50 @@ def test_apply_twice(make, device):
             snapshot.assert_unchanged()
 
 
+FLAGS = [{"permanent": "no"}, {"permanent": 1}, {"bias": None}, {"keep_backup": "yes"}]
+
+
+@pytest.mark.parametrize("options", FLAGS, ids=str)
+def test_options_are_true_or_false(device, options):
+    model = linears()
+    plan = select(model)
+    snapshot = ModelSnapshot(model)
+    ((name, _),) = options.items()
+    calls = [lambda: plan.apply(**options)]
+    if name == "permanent":
+        calls += [
+            lambda: lnprune.local_structured(model, 0.4, 2, "out", **options),
+            lambda: lnprune.global_structured(model, 0.4, 2, "out", **options),
+        ]
+    for call in calls:
+        with pytest.raises(TypeError, match=f"^{name}: expected True or False, got "):
+            call()
+        snapshot.assert_unchanged()
+    plan.apply()
+
+
+def test_apply_takes_no_model(device):
+    """What it is given is not read as an option: neither model changes."""
+    model, other = linears(), linears()
+    plan = select(model)
+    snapshots = [ModelSnapshot(model), ModelSnapshot(other)]
+    for given, shown in ((other, "a module of type Sequential"), (True, "True"), ("no", "'no'")):
+        with pytest.raises(TypeError, match=r"^apply takes no model.*load_plan\(path, model\)$") as caught:
+            plan.apply(given)
+        assert f"got {shown}: " in str(caught.value)
+        for snapshot in snapshots:
+            snapshot.assert_unchanged()
+
+
+def test_masks_need_no_backup(device):
+    model = linears()
+    plan = select(model)
+    snapshot = ModelSnapshot(model)
+    with pytest.raises(ValueError, match=r"^keep_backup=True keeps what permanent=True overwrites"):
+        plan.apply(keep_backup=True)
+    snapshot.assert_unchanged()
+
+
 def test_undo_twice_and_undo_of_nothing(make, device):
     model = make()
     plan = select(model)

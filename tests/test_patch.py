@@ -524,3 +524,12 @@ def test_the_class_itself_pickles(device, kind):
             assert pickle.loads(pickle.dumps(chosen)) is chosen
             method = pickle.loads(pickle.dumps(chosen(amount=1, n=2, dim=0)))
             assert type(method) is stock.LnStructured
+
+
+def test_nothing_is_patched_for_good_by_mistake(device):
+    torchs = vars(stock.LnStructured)["apply"]
+    with pytest.raises(TypeError):
+        lnprune.patch(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"^permanently: expected True or False, got 'no'"):
+        lnprune.patch(permanently="no")
+    assert vars(stock.LnStructured)["apply"] is torchs
