@@ -107,6 +107,7 @@ def time_many(budget: float) -> list[Row]:
             [64 * (1 + i % 7) for i in range(MANY_LAYERS)],
             torch.rand(MANY_CHANNELS, dtype=torch.float64),
             None,
+            None,
             2.0,
         )
 

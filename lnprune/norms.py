@@ -5,6 +5,7 @@ The one place that asks: native, or plain torch?
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,13 @@ from torch.nn.utils import prune as stock
 from lnprune import ops, reference
 from lnprune.parameters import NAMED_ERRORS, add_name
 
-__all__ = ["channel_norms", "check_order", "native_order", "nonzero_counts"]
+__all__ = [
+    "channel_norms",
+    "check_order",
+    "native_order",
+    "nonzero_counts",
+    "zero_norms_are_zeros",
+]
 
 
 _NUMBERS = frozenset({float, int, bool})
@@ -76,6 +83,18 @@ def nonzero_counts(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tenso
             tensor = (tensor != 0).float()
         counted.append(tensor if tensor.dim() > 1 else tensor.unsqueeze(-1))
     return channel_norms(counted, 0, dims)
+
+
+def zero_norms_are_zeros(dtype: torch.dtype, n: Any) -> bool:
+    """Whether a channel of this dtype whose norm is 0 has no element but zeros."""
+    p = native_order(n)
+    if p is None or p < 0:
+        return False
+    if p == 0 or math.isinf(p):
+        return True
+    # Powers of small numbers are 0 for large orders, roots of what rounds to 1 for small ones.
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return p > 1e-3 and smallest**p > 0
 
 
 def check_order(scores: Tensor, n: Any, dim: int) -> None:

@@ -15,7 +15,7 @@ from lnprune.application import Application
 from lnprune.arguments import check_flags, shown
 from lnprune.parameters import Parameters, Weight, placed
 from lnprune.plan_file import PlanEntry
-from lnprune.selection import group_norms
+from lnprune.selection import alive_groups, group_norms
 
 if TYPE_CHECKING:
     from lnprune.selection import Layers
@@ -59,18 +59,16 @@ class Plan:
         return self._entries
 
     def _norms(self) -> list[tuple[Tensor, Tensor]]:
-        """Norms of the groups of each weight, and which of them were not pruned before."""
+        """Norms of the groups of each weight, and which of the groups are not gone."""
         measured = self._measured
         assert measured is not None, "a plan without norms has entries"
-        counts = list(measured.channels)
         size = self.selection["group_size"]
-        alive = torch.ones(measured.norms.numel(), dtype=torch.bool, device="cpu")
-        if measured.alive is not None:
-            alive = measured.alive
-        return [
-            (group_norms(norms, size, measured.p), left[::size])
-            for norms, left in zip(measured.norms.split(counts), alive.split(counts), strict=True)
-        ]
+        groups = [channels // size for channels in measured.channels]
+        alive = alive_groups(measured, size)
+        if alive is None:
+            alive = torch.ones(sum(groups), dtype=torch.bool, device="cpu")
+        norms = group_norms(measured.norms, size, measured.p)
+        return list(zip(norms.split(groups), alive.split(groups), strict=True))
 
     def _entry(self, weight: Weight, keep: Tensor, norms: Tensor, alive: Tensor) -> PlanEntry:
         size = self.selection["group_size"]

@@ -33,7 +33,7 @@ _LARGEST = sys.float_info.max
 class PlanEntry:
     """What a plan does to one parameter.
 
-    ``kept`` and ``channels`` are channels; channels pruned before the plan are not among the kept ones.
+    ``kept`` and ``channels`` are channels; channels that are gone before are not among the kept ones.
     ``norm_at_cut`` is the norm of the last channel (or group) that is kept, None if none is;
     ``margin`` is how much it is larger than that of the first one that is pruned, None if none is.
     ``parameters_removed`` are elements of the weight that the plan prunes, of those left so far.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lnprune import reference
-from lnprune.masks import Amount, is_wrapper
-from lnprune.norms import channel_norms, native_order, nonzero_counts
+from lnprune.masks import Amount, is_wrapper, masked
+from lnprune.norms import channel_norms, native_order, nonzero_counts, zero_norms_are_zeros
 from lnprune.parameters import Parameters, Patterns, Weight, collect, per_weight
 from lnprune.plan import Plan
 from lnprune.prune import Order
@@ -68,8 +68,9 @@ def rank(
     """Measures the L\\ ``n`` norm of every channel of many parameters, in one native call per device.
 
     No weight is changed, and none is read again by the selections that follow. A weight that modules
-    share is measured once. On a pruned parameter the masked weight is measured, and channels that are
-    pruned already take no part.
+    share is measured once. Of a pruned parameter the product of mask and original is measured, as they are
+    now, whatever the last forward left in the attribute. Channels that are gone take no part in what is
+    selected: those that a mask empties, and those whose elements are all zero, whoever zeroed them.
 
     Args:
         parameters: pairs ``(module, name)``, as in torch's ``global_unstructured``; they are called
@@ -112,14 +113,32 @@ def rank(
     weights, tensors = collect(parameters, dim, include, exclude)
     dims = [weight.dim for weight in weights]
     names = [weight.name for weight in weights]
-    norms = channel_norms(scores_of(weights, tensors, importance_scores), n, dims, names)
     masks: dict[int, Tensor] = {}
     for i, weight in enumerate(weights):
         module, attribute = weight.places[0]
         if attribute not in module._parameters:
-            masks[i] = module._buffers[attribute + "_mask"]  # type: ignore[assignment]
-    counts = nonzero_counts(list(masks.values()), [dims[i] for i in masks])
-    return Ranking(weights, n, norms, dict(zip(masks, counts, strict=True)))
+            mask, original = module._buffers[attribute + "_mask"], module._parameters[attribute + "_orig"]
+            masks[i] = mask  # type: ignore[assignment]
+            with torch.no_grad():
+                tensors[i] = masked(mask, original)  # type: ignore[arg-type]
+    scores = scores_of(weights, tensors, importance_scores)
+    norms = channel_norms(scores, n, dims, names)
+    counted = [
+        i
+        for i, (tensor, score) in enumerate(zip(tensors, scores, strict=True))
+        if score is not tensor or not zero_norms_are_zeros(tensor.dtype, n)
+    ]
+    counts = nonzero_counts(
+        [*masks.values(), *(tensors[i].detach() for i in counted)], [dims[i] for i in (*masks, *counted)]
+    )
+    mask_counts, element_counts = counts[: len(masks)], counts[len(masks) :]
+    return Ranking(
+        weights,
+        n,
+        norms,
+        dict(zip(masks, mask_counts, strict=True)),
+        dict(zip(counted, element_counts, strict=True)),
+    )
 
 
 class Ranking:
@@ -131,11 +150,14 @@ class Ranking:
         n: Any,
         norms: Sequence[Tensor],  # float64, of the channels of each weight
         mask_counts: Mapping[int, Tensor] | None = None,  # of pruned weights: nonzero mask elements
+        # Of weights whose norms are 0 for other channels than those of zeros: nonzero elements.
+        element_counts: Mapping[int, Tensor] | None = None,
     ):
         self.n = n
         self._weights = weights
         self._norms = norms
         self._mask_counts = mask_counts or {}
+        self._element_counts = element_counts or {}
         self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
 
     @property
@@ -170,17 +192,25 @@ class Ranking:
             math.prod(weight.shape) // count if count else 0
             for weight, count in zip(self._weights, channels, strict=True)
         ]
-        alive = None
+        norms = _on_cpu(self._norms, torch.float64)
+        unmasked = None
         if self._mask_counts:
-            flags = [
-                self._mask_counts[i] != 0
-                if i in self._mask_counts
-                else torch.ones(count, dtype=torch.bool, device="cpu")
-                for i, count in enumerate(channels)
-            ]
-            alive = _on_cpu(flags, torch.bool)
+            ones = torch.ones(max(channels), dtype=torch.float64, device="cpu")
+            counts = [self._mask_counts.get(i, ones[:count]) for i, count in enumerate(channels)]
+            unmasked = _on_cpu(counts, torch.float64) != 0
+        elements = norms
+        if self._element_counts:
+            counts = [self._element_counts.get(i, norms) for i, norms in enumerate(self._norms)]
+            elements = _on_cpu(counts, torch.float64)
+        nonzero = elements != 0
         return Layers(
-            self.names, channels, sizes, _on_cpu(self._norms, torch.float64), alive, native_order(self.n)
+            self.names,
+            channels,
+            sizes,
+            norms,
+            unmasked,
+            None if nonzero.all() else nonzero,
+            native_order(self.n),
         )
 
     def select(
@@ -196,7 +226,8 @@ class Ranking:
         """Chooses the channels to prune. No weight is read or changed.
 
         The constraints hold exactly, and together. What is kept of a layer is always the first of its
-        channels by rank: NaN, then larger norms, then lower indices. Channels pruned before take no part.
+        channels by rank: NaN, then larger norms, then lower indices. Channels that are gone take no
+        part: an amount is one of those that are left.
 
         Args:
             amount: how much to prune: an int, channels or parameters as ``of`` says, or a share, a float in

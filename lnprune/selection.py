@@ -16,7 +16,17 @@ from torch.nn.utils import prune as stock
 from lnprune import ops
 from lnprune.parameters import NAMED_ERRORS, add_name
 
-__all__ = ["LEAST", "WORDS", "Arrangement", "Layers", "Normalize", "Of", "Scope", "group_norms"]
+__all__ = [
+    "LEAST",
+    "WORDS",
+    "Arrangement",
+    "Layers",
+    "Normalize",
+    "Of",
+    "Scope",
+    "alive_groups",
+    "group_norms",
+]
 
 Scope = Literal["local", "global"]
 Of = Literal["channels", "parameters"]
@@ -34,7 +44,8 @@ class Layers:
     channels: Sequence[int]
     sizes: Sequence[int]  # elements of a channel
     norms: Tensor  # float64
-    alive: Tensor | None  # bool: not pruned before; None: all
+    unmasked: Tensor | None  # bool: not emptied by a mask; None: all
+    nonzero: Tensor | None  # bool: not all of its elements are zero; None: all
     p: float | None  # the order of the norms; None where it is no real number
 
 
@@ -98,6 +109,27 @@ def _owners(counts: Tensor) -> Tensor:
     )
 
 
+def alive_groups(layers: Layers, group_size: int) -> Tensor | None:
+    """Bool flags: which groups of adjacent channels are not gone; None: all.
+
+    A group is gone where each of its channels is. A mask has to leave all or none of a group.
+    """
+    alive = None
+    if layers.unmasked is not None:
+        channels = layers.unmasked.view(-1, group_size)
+        alive = channels.any(dim=1)
+        for group in (alive != channels.all(dim=1)).nonzero().flatten().tolist()[:1]:
+            owners = _owners(_integers(layers.channels) // group_size)
+            raise ValueError(
+                f"{layers.names[int(owners[group])]}: expected earlier pruning to leave all or none of a "
+                f"group of {group_size} channels (group_size), it left {int(channels[group].sum())}"
+            )
+    if layers.nonzero is not None:
+        nonzero = layers.nonzero.view(-1, group_size).any(dim=1)
+        alive = nonzero if alive is None else alive & nonzero
+    return alive
+
+
 def _sorted(indices: Tensor, keys: Tensor, descending: bool = True) -> Tensor:
     """The indices in the order of their keys; of equal keys, those that come first stay first."""
     return _at(indices, torch.sort(_at(keys, indices), descending=descending, stable=True).indices)
@@ -133,7 +165,7 @@ class Arrangement:
         left = groups
         if self.alive is not None:
             left = torch.bincount(self.layer_of_group[self.alive], minlength=len(groups))
-        self.left = (left * group_size).tolist()  # channels of each layer not pruned before
+        self.left = (left * group_size).tolist()  # channels of each layer that are not gone
         self.most = [channels // self.step for channels in self.left]  # blocks
         fewest = -(-min_channels // self.step)
         self.fewest = [fewest if channels else 0 for channels in self.left]
@@ -173,18 +205,8 @@ class Arrangement:
 
     @functools.cached_property
     def alive(self) -> Tensor | None:
-        """Which groups were not pruned before."""
-        if self.layers.alive is None:
-            return None
-        channels = self.layers.alive.view(-1, self.group_size)
-        alive = channels.any(dim=1)
-        for i in (alive != channels.all(dim=1)).nonzero().flatten().tolist()[:1]:
-            raise ValueError(
-                f"{self.layers.names[int(self.layer_of_group[i])]}: expected earlier pruning to leave all "
-                f"or none of a group of {self.group_size} channels (group_size), it left "
-                f"{int(channels[i].sum())}"
-            )
-        return alive
+        """Which groups are not gone; None: all."""
+        return alive_groups(self.layers, self.group_size)
 
     def costs(self, of: str) -> list[int]:
         """What a channel of each layer counts."""
@@ -243,7 +265,7 @@ class Arrangement:
         return self._first_blocks(self.fewest)
 
     def _by_rank(self) -> Tensor:
-        """The groups not pruned before: NaN first, then larger scores, then by layer and index."""
+        """The groups that are not gone: NaN first, then larger scores, then by layer and index."""
         if self.alive is None:
             groups = torch.arange(self.scores.numel(), device="cpu")
             order = torch.sort(self.scores, descending=True, stable=True).indices

@@ -1001,7 +1001,7 @@ def test_a_bias_that_modules_share_with_weights_of_their_own(device, permanent):
     """Each module's mask holds its own channels; zeros in place are those of both."""
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4)).to(device)
     with torch.no_grad():
-        model[0].weight[0], model[1].weight[1] = 0, 0
+        model[0].weight[0], model[1].weight[1] = 1e-9, 1e-9
     model[1].bias = model[0].bias
     before = bits(model[0].bias)
     plan = lnprune.rank(model, 2, "out").select(1)

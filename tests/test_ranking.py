@@ -1,5 +1,6 @@
 """rank() and Ranking.select(): norms, and the choice against brute force from its definition."""
 
+import copy
 import dataclasses
 import fractions
 import functools
@@ -13,7 +14,7 @@ import numpy
 import pytest
 import torch
 from hypothesis import strategies
-from module_state import Snapshot, assert_unchanged
+from module_state import Snapshot, assert_unchanged, bits
 from torch import nn
 from torch.nn.utils import prune as stock
 
@@ -201,6 +202,104 @@ def test_importance_scores_of_a_pruned_parameter():
     assert ranking.select(1).keep["weight"].tolist() == [False, False, True, True]
 
 
+RENEWALS = {
+    "load_state_dict": lambda layer, values: layer.load_state_dict(
+        {**layer.state_dict(), "weight_orig": values}
+    ),
+    "optimizer": lambda layer, values: layer.weight_orig.data.copy_(values),
+    "a mask": lambda layer, values: (
+        layer.weight_orig.data.copy_(values),
+        layer.weight_mask.copy_(torch.ones_like(layer.weight_mask)),
+    ),
+}
+
+
+@on_every_device
+@pytest.mark.parametrize("change", RENEWALS)
+def test_a_masked_weight_is_measured_as_it_is_now(change, device):
+    """Its attribute is what the last forward left, until the next one."""
+    layer = nn.Linear(4, 8, device=device)
+    lnprune.ln_structured(layer, "weight", 0.25, 2, 0)
+    values = torch.randperm(8, device=device).float().view(8, 1).expand(8, 4) + 1
+    RENEWALS[change](layer, values)
+    attribute = layer.weight
+    before = bits(attribute)
+    expected = layer.weight_mask.detach() * values
+    for parameters in ([(layer, "weight")], layer):
+        ranking = lnprune.rank(parameters, 1, 0)
+        (norms,) = ranking.norms.values()
+        assert norms.tolist() == expected.abs().sum(dim=1).tolist()
+        (keep,) = ranking.select(2).keep.values()
+        left = int((expected != 0).any(dim=1).sum())
+        assert keep.tolist() == (norms > norms.sort(descending=True).values[left - 2]).tolist()
+    assert layer.weight is attribute
+    assert torch.equal(bits(attribute), before)
+    plan_of_all = lnprune.rank(layer, 1, 0, {"weight": torch.ones(8, 4, device=device)}).select(0)
+    assert torch.equal(plan_of_all.keep["weight"], (expected != 0).any(dim=1).cpu())
+    lnprune.global_structured(layer, 2, 1, 0)
+    assert torch.equal(layer.weight_mask[:, 0].cpu() != 0, keep)
+
+
+ZEROING = {
+    "by hand": lambda module, channels: module.weight.data.index_fill_(0, torch.tensor(channels), -0.0),
+    "by a mask that is removed": lambda module, channels: nn.utils.prune.remove(
+        prune_channels(module, channels), "weight"
+    ),
+    "behind a mask": lambda module, channels: prune_channels(
+        module, channels[:1]
+    ).weight_orig.data.index_fill_(0, torch.tensor(channels[1:]), 0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("n", [*ORDERS, 2.5, 40, -2, 1e-300, "fro"], ids=str)
+@pytest.mark.parametrize("zeroing", ZEROING)
+def test_channels_of_zeros_are_gone(zeroing, n, dtype):
+    """Whoever zeroed them; and no others, however small their elements are, and whatever their norm is."""
+    module = nn.Linear(4, 8, bias=False)
+    module.weight = nn.Parameter(torch.randn(8, 4, dtype=dtype))
+    finfo = torch.finfo(dtype)
+    with torch.no_grad():
+        module.weight[3] = 0
+        module.weight[3, 1] = max(finfo.smallest_normal, 1e-300)  # of norm 0 for negative and large orders
+        module.weight[5, 2] = 0
+    ZEROING[zeroing](module, [6, 1])
+    left = [0, 2, 3, 4, 5, 7]
+    for scores in (None, {"weight": torch.randn(8, 4)}, {"weight": torch.zeros(8, 4)}):
+        ranking = lnprune.rank(module, n, 0, scores)
+        for scope in ("local", "global"):
+            assert kept_of(ranking.select(0, scope=scope, normalize="none")) == [left]
+            (kept,) = kept_of(ranking.select(0.5, scope=scope, normalize="none"))
+            assert len(kept) == 3
+            assert set(kept) <= set(left)
+        with pytest.raises(ValueError, match="7"):
+            ranking.select(7)
+        if zeroing != "behind a mask":  # a group that is not all zeros stays as it is
+            assert kept_of(ranking.select(0, group_size=2)) == [list(range(8))]
+
+
+@on_every_device
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_rounds_in_place_leave_what_rounds_of_masks_leave(scope, device):
+    """A half of what is left each time, and each parameter counted once."""
+    models = [nn.Sequential(nn.Linear(32, 64, device=device), nn.Linear(64, 64, device=device))]
+    models.append(copy.deepcopy(models[0]))
+    removed = [[], []]
+    for left in (64, 32, 16):
+        for model, permanent, counted in zip(models, (False, True), removed, strict=True):
+            plan = lnprune.rank(model, 2, "out").select(0.5, scope=scope)
+            assert sum(entry.kept for entry in plan.entries) == left
+            counted.append([entry.parameters_removed for entry in plan.entries])
+            plan.apply(permanent=permanent)
+    assert removed[0] == removed[1]
+    assert sum(map(sum, removed[0])) + sum(entry.kept * entry.shape[1] for entry in plan.entries) == (
+        64 * 32 + 64 * 64
+    )
+    lnprune.remove_all(models[0])
+    for masked, in_place in zip(*models, strict=True):
+        assert torch.equal(masked.weight, in_place.weight)
+
+
 def test_unstructured_masks_prune_no_channel_but_those_they_empty():
     module = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
@@ -253,7 +352,7 @@ def test_what_is_not_native_stays_out_of_the_native_call(native_calls):
     lnprune.rank(places, 2, 0)
     assert native_calls == [("cpu", 2)]
     lnprune.rank([(nn.Conv1d(3, 4, 2), "weight")], "nuc", 0)
-    assert native_calls == [("cpu", 2)]
+    assert native_calls == [("cpu", 2), ("cpu", 1)]  # which channels are zeros, no norm of matrices says
 
 
 @pytest.mark.skipif("cuda" not in cases.DEVICES, reason="needs a GPU")
@@ -352,12 +451,25 @@ def test_what_a_ranking_says_of_itself():
 
 @dataclasses.dataclass
 class Model:
-    """Layers with given norms: of each channel its norm, and whether it was not pruned before."""
+    """Layers with given norms: of each channel its norm, and whether no mask has emptied it."""
 
     n: float
     norms: list[list[float]]
     alive: list[list[bool]]
     sizes: list[int]  # elements of a channel
+
+    def groups_left(self, layer, group_size):
+        """The first channels of the groups that are not gone: neither emptied by a mask nor all zeros."""
+        norms, alive = self.norms[layer], self.alive[layer]
+        return [
+            start
+            for start in range(0, len(norms), group_size)
+            if alive[start] and any(norm != 0 for norm in norms[start : start + group_size])
+        ]
+
+    def left(self, layer, group_size):
+        """How many channels of a layer take part."""
+        return len(self.groups_left(layer, group_size)) * group_size
 
     def rank(self):
         pairs = []
@@ -421,11 +533,11 @@ def norm_of_all(norms, n):
 
 def blocks_of_layer(model, layer, normalize, multiple_of, group_size):
     """The blocks of a layer by rank, and the channels left over."""
-    norms, alive = model.norms[layer], model.alive[layer]
-    groups = []
-    for start in range(0, len(norms), group_size):
-        if alive[start]:
-            groups.append((start, norm_of_all(norms[start : start + group_size], model.n)))
+    norms = model.norms[layer]
+    groups = [
+        (start, norm_of_all(norms[start : start + group_size], model.n))
+        for start in model.groups_left(layer, group_size)
+    ]
     divisor = 1.0
     finite = [norm for _, norm in groups if math.isfinite(norm)]
     if normalize == "layer" and finite and add_up(finite) > 0:
@@ -445,7 +557,7 @@ def blocks_of_layer(model, layer, normalize, multiple_of, group_size):
 
 def counts_of_layer(model, layer, min_channels, multiple_of, group_size):
     """All counts of kept channels that meet the constraints."""
-    left = sum(model.alive[layer])
+    left = model.left(layer, group_size)
     return [
         count
         for count in range(left + 1)
@@ -474,7 +586,7 @@ def expected_local(model, amounts, of, min_channels, multiple_of, group_size):
     kept = []
     for layer, amount in enumerate(amounts):
         cost = model.sizes[layer] if of == "parameters" else 1
-        wanted = wanted_of(amount, sum(model.alive[layer]) * cost)
+        wanted = wanted_of(amount, model.left(layer, group_size) * cost)
         counts = counts_of_layer(model, layer, min_channels, multiple_of, group_size)
         count = nearest([count * cost for count in counts], wanted) // cost
         for block in blocks_of_layer(model, layer, "none", multiple_of, group_size):
@@ -488,7 +600,7 @@ class BruteForce:
 
     def __init__(self, model, of, normalize, min_channels, multiple_of, group_size):
         layers = range(len(model.norms))
-        self.model, self.of = model, of
+        self.model, self.group_size = model, group_size
         self.costs = [model.sizes[layer] if of == "parameters" else 1 for layer in layers]
         blocks = [blocks_of_layer(model, layer, normalize, multiple_of, group_size) for layer in layers]
         self.ranking = sorted(itertools.chain(*blocks), key=Block.key)
@@ -513,9 +625,12 @@ class BruteForce:
     def total(self, vector):
         return add_up([0, *(count * cost for count, cost in zip(vector, self.costs, strict=True))])
 
+    def left(self):
+        layers = range(len(self.model.norms))
+        return self.total([self.model.left(layer, self.group_size) for layer in layers])
+
     def expected(self, amount):
-        left = self.total([sum(alive) for alive in self.model.alive])
-        total = nearest([total for total, _ in self.vectors], wanted_of(amount, left))
+        total = nearest([total for total, _ in self.vectors], wanted_of(amount, self.left()))
         best = min(kept for other, kept in self.vectors if other == total)
         return flags_of(self.model, [self.ranking[rank] for rank in best])
 
@@ -575,7 +690,7 @@ def test_a_global_selection_is_the_best_of_all(of, normalize):
         ranking = model.rank()
         if not assert_refused(model, ranking, options):
             brute_force = BruteForce(model, of, normalize, **constraints)
-            left = brute_force.total([sum(alive) for alive in model.alive])
+            left = brute_force.left()
             amounts = range(left + 1) if of == "channels" else chance.choices(range(left + 1), k=6)
             for amount in [*amounts, 0.0, 0.25, 0.5, 0.75, 1.0]:
                 actual = select(model, ranking, amount, **options)
@@ -590,7 +705,7 @@ def assert_refused(model, ranking, options):
         return False
     with pytest.raises(ValueError, match=rf"^{layer}\.weight: no count of channels") as caught:
         ranking.select(0.5, **options)
-    for number in (sum(model.alive[layer]), *constraints.values()):
+    for number in (model.left(layer, constraints["group_size"]), *constraints.values()):
         assert str(number) in str(caught.value)
     return True
 
@@ -610,8 +725,8 @@ def test_a_local_selection_is_the_best_of_each_layer(of):
         options["normalize"] = chance.choice(["size", "layer", "none"])
         for _ in range(4):
             amounts = [
-                random_amount(chance, sum(alive) * (size if of == "parameters" else 1))
-                for alive, size in zip(model.alive, model.sizes, strict=True)
+                random_amount(chance, model.left(layer, group_size) * (size if of == "parameters" else 1))
+                for layer, size in enumerate(model.sizes)
             ]
             by_name = dict(reversed([(f"{layer}.weight", amount) for layer, amount in enumerate(amounts)]))
             expected = expected_local(model, amounts, of, **constraints)
@@ -704,10 +819,13 @@ def test_an_unconstrained_global_selection_is_a_stable_sort(data):
 def test_an_unconstrained_local_selection_is_that_of_channel_mask(data):
     model, n = data.draw(networks())
     model = nn.Sequential(*[nn.utils.prune.remove(m, "weight") if stock.is_pruned(m) else m for m in model])
-    amount = data.draw(strategies.one_of(strategies.integers(0, 12), strategies.floats(0, 1)))
+    fewest = min(int(m.weight.flatten(1).any(dim=1).sum()) for m in model)
+    amount = data.draw(strategies.one_of(strategies.integers(0, fewest), strategies.floats(0, 1)))
     keep = lnprune.rank(model, n, 0).select(amount, min_channels=0).keep
     for module, flags in zip(model, keep.values(), strict=True):
-        assert torch.equal(flags, lnprune.channel_mask(module.weight, amount, n, 0))
+        alive = module.weight.detach().flatten(1).any(dim=1)
+        assert not flags[~alive].any()
+        assert torch.equal(flags[alive], lnprune.channel_mask(module.weight[alive], amount, n, 0))
 
 
 # ---------------------------------------------------------------------------- select: by example
@@ -762,7 +880,7 @@ def test_of_two_totals_that_are_equally_near_more_is_kept():
 
 def test_blocks_are_ranked_by_the_sum_of_their_norms():
     # 5 + 4 are more than 6 + 2: the first layer's best block goes before the second's.
-    ranking = layers([5, 4, 0], [6, 2, 1])
+    ranking = layers([5, 4, 0.5], [6, 2, 1])
     kept = kept_of(ranking.select(4, scope="global", multiple_of=2, min_channels=0))
     assert kept == [[0, 1], []]
     assert kept_of(ranking.select(5, scope="global", min_channels=0)) == [[], [0]]
@@ -835,13 +953,11 @@ def test_normalize_by_layer_divides_by_the_mean_of_the_finite_norms():
     assert kept_of(plan) == [[0, 1, 2, 3], [2]]
 
 
-def test_layers_of_zeros_are_pruned_first():
+def test_layers_of_zeros_are_gone():
     for normalize in ("size", "layer", "none"):
         ranking = layers([0, 0, 0], [1e-300, 1e-300])
-        assert kept_of(ranking.select(3, scope="global", normalize=normalize, min_channels=0)) == [
-            [],
-            [0, 1],
-        ]
+        assert kept_of(ranking.select(0, scope="global", normalize=normalize)) == [[], [0, 1]]
+        assert kept_of(ranking.select(0.5, scope="global", normalize=normalize)) == [[], [0]]
 
 
 def test_norms_that_division_makes_equal_keep_their_order_in_a_layer():
@@ -857,9 +973,8 @@ def test_norms_that_division_makes_equal_keep_their_order_in_a_layer():
                     first, second = kept_of(ranking.select(pruned, scope="global", **options))
                     assert first == list(range(64 - len(first), 64))
                     assert second == list(range(len(second)))
-    tiny = layers([5e-324, 0.0, 1e-323], size=100)
-    assert kept_of(tiny.select(2, scope="global")) == [[2]]
-    assert kept_of(tiny.select(1, scope="global")) == [[0, 2]]
+    tiny = layers([5e-324, 1e-323], size=100)
+    assert kept_of(tiny.select(1, scope="global")) == [[1]]
 
 
 def test_orders_so_small_that_sizes_overflow_still_select():
@@ -872,8 +987,8 @@ def test_orders_so_small_that_sizes_overflow_still_select():
     module.weight.data[:] = torch.tensor([0.0, 1e300, 0.0, 1e290]).view(4, 1)
     ranking = lnprune.rank(module, -0.005, 0)
     assert (ranking.norms["weight"] > 0).tolist() == [False, True, False, True]
-    assert kept_of(ranking.select(3, scope="global")) == [[1]]
-    assert kept_of(ranking.select(1, scope="global")) == [[0, 1, 3]]
+    assert kept_of(ranking.select(1, scope="global")) == [[1]]
+    assert kept_of(ranking.select(0, scope="global")) == [[1, 3]]
 
 
 def test_parameters_are_counted_where_they_are_asked_for():
@@ -939,7 +1054,7 @@ def test_parameters_are_counted_where_they_are_asked_for():
     ],
 )
 def test_amounts(amount, channels, kept, scope):
-    ranking = layers(range(channels))
+    ranking = layers(range(1, channels + 1))
     plan = ranking.select(amount, scope=scope, min_channels=0)
     assert kept_of(plan) == [list(range(channels - kept, channels))]
 
