@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import CustomFromMask
 
 from lnprune import masks
+from lnprune.finding import parameter_of
+from lnprune.layer_types import bias_part, known_weights
 from lnprune.masks import Request
+from lnprune.messages import NAMED_ERRORS, add_name
 from lnprune.norms import nonzero_counts
-from lnprune.parameters import NAMED_ERRORS, Weight, add_name, current_tensor, output_dim
+from lnprune.parameters import Weight, current_tensor
 from lnprune.registration import ParameterState, Pruning, unregister
 from lnprune.transaction import Transaction, Values, bits, from_bits, is_zero
 
@@ -126,6 +129,9 @@ class Application:
         bias: bool,
         keep_backup: bool,
     ):
+        if not permanent:
+            for weight in weights:
+                weight.check_holds_mask()
         targets = _targets(weights, flags, bias)
         self._names = [target.name for target in targets]
         self._has_values = keep_backup or not permanent
@@ -248,29 +254,46 @@ def _targets(weights: Sequence[Weight], flags: Sequence[Tensor], bias: bool) -> 
                         f"{weight.dim} and {dim}: rank the model again"
                     )
             targets.append(Target(name, module, attribute, weight.dim, keep=keep))
-    if bias:
-        found: dict[tuple[int, int], Tensor] = {}  # places of a weight that share a bias share its mask too
-        for target in list(targets):
-            flags_of_bias = _bias_flags(target)
-            if flags_of_bias is not None:
-                keep = found.setdefault((id(target.keep), flags_of_bias.numel()), flags_of_bias)
-                targets.append(Target(f"{target.name} (bias)", target.module, "bias", 0, keep=keep))
-    return targets
+    return targets + (_bias_targets(targets) if bias else [])
+
+
+def _bias_targets(targets: Sequence[Target]) -> list[Target]:
+    """The biases of the channels that targets prune, each once."""
+    found: dict[tuple[int, str], Target] = {}
+    shared: dict[tuple[int, int], Tensor] = {}  # places of a weight that share a bias share its mask too
+    for target in targets:
+        keep = _bias_flags(target)
+        if keep is None:
+            continue
+        attribute = bias_part(target.module, target.attribute).attribute
+        key = id(target.module), attribute
+        if key in found:  # another part of the same bias
+            keep = keep & found[key].keep  # type: ignore[operator]
+        else:
+            keep = shared.setdefault((id(target.keep), keep.numel()), keep)
+        found[key] = Target(f"{target.name} (bias)", target.module, attribute, 0, keep=keep)
+    return list(found.values())
 
 
 def _bias_flags(target: Target) -> Tensor | None:
     """The keep flags of a module's bias, or None where it has none."""
     name, module, keep = target.name, target.module, target.keep
     assert keep is not None
-    if "bias_orig" not in module._parameters and module._parameters.get("bias") is None:
+    place = bias_part(module, target.attribute)
+    if parameter_of(module, place.attribute) is None:
         return None
-    bias = current_tensor(module, "bias", name)
-    output = output_dim(module)
-    # A transposed convolution has a bias for each channel of each group.
-    groups = module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
-    if (output is not None and target.dim != output) or bias.shape != (keep.numel() * groups,):
+    bias = current_tensor(module, place.attribute, name)
+    dims = known_weights(module).get(target.attribute)
+    length = keep.numel() * place.repeats
+    if (dims is not None and target.dim != dims.out) or bias.shape != (length * place.parts,):
         raise ValueError(
             f"{name}: bias=True needs channels that are outputs, got {keep.numel()} channels along dim "
             f"{target.dim} of {type(module).__name__} with a bias of shape {tuple(bias.shape)}"
         )
-    return keep.repeat(groups) if groups > 1 else keep
+    if place.repeats > 1:
+        keep = keep.repeat(place.repeats)
+    if place.parts > 1:
+        whole = torch.ones(place.parts, length, dtype=torch.bool, device=keep.device)
+        whole[place.part] = keep
+        keep = whole.flatten()
+    return keep

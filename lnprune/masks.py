@@ -16,8 +16,8 @@ from torch.nn.utils.prune import LnStructured as StockLnStructured
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lnprune import ops, reference
+from lnprune.messages import NAMED_ERRORS, add_name
 from lnprune.norms import channel_norms, check_order, native_order
-from lnprune.parameters import NAMED_ERRORS, add_name
 from lnprune.transaction import Transaction, Values
 
 __all__ = [

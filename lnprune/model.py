@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from lnprune.application import Target, install, prune_in_place, unmask
-from lnprune.arguments import check_flags
 from lnprune.masks import Amount, multiply_, products
+from lnprune.messages import check_flags
 from lnprune.parameters import Parameters, Patterns, collect, per_weight
 from lnprune.plan import Plan
 from lnprune.prune import Order
@@ -51,8 +51,9 @@ def local_structured(
         exclude: as for :func:`rank`.
 
     Raises:
-        As :func:`ln_structured` and :func:`rank`, with the name of the parameter. With ``permanent``,
-        RuntimeError for values that lie in other tensors (DTensor) or in memory that cannot be written.
+        As :func:`ln_structured` and :func:`rank`, with the name of the parameter. ValueError for a mask
+        that no hook would renew, as :meth:`Plan.apply`. With ``permanent``, RuntimeError for values that
+        lie in other tensors (DTensor) or in memory that cannot be written.
 
     Example:
         >>> import lnprune
@@ -65,6 +66,9 @@ def local_structured(
     check_flags(permanent=permanent)
     weights, tensors = collect(parameters, dim, include, exclude)
     scores = scores_of(weights, tensors, importance_scores)
+    if not permanent:
+        for weight in weights:
+            weight.check_holds_mask()
     amounts = per_weight(amount, [weight.name for weight in weights], "amount")
     # One at a time: thousands of them at once would keep the garbage collector busy.
     targets = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import prune as stock
 
 from lnprune import ops, reference
-from lnprune.parameters import NAMED_ERRORS, add_name
+from lnprune.messages import NAMED_ERRORS, add_name
 
 __all__ = [
     "channel_norms",

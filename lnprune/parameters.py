@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import fnmatch
+import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lnprune.finding import Found, Patterns, find, is_masked, named_modules, uncalled
+from lnprune.layer_types import KNOWN, bare_name, is_uncalled_type, known_weights
+from lnprune.messages import shown
 
 __all__ = [
-    "NAMED_ERRORS",
+    "Dim",
     "Parameters",
     "Patterns",
     "Weight",
-    "add_name",
     "check_is_eager",
+    "check_not_parametrized",
     "check_shapes",
     "collect",
     "current_tensor",
-    "output_dim",
     "per_weight",
     "placed",
 ]
 
-Pattern = Union[str, type]
-Patterns = Union[Pattern, Iterable[Pattern], None]
 Parameters = Union[nn.Module, Iterable[tuple[nn.Module, str]]]
-
-# The types whose weights a model is asked for, with the dims of their outputs and inputs.
-_DIMS: tuple[tuple[tuple[type, ...], int, int], ...] = (
-    ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 0, 1),
-    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding), 1, 0),
-)
-_TYPES = tuple(kind for kinds, _, _ in _DIMS for kind in kinds)
+Word = Literal["out", "in"]
+Dim = Union[int, Word, Sequence[Union[int, Word]], Mapping[str, Union[int, Word]]]
 
 
 class Weight:
@@ -42,9 +39,10 @@ class Weight:
 
     ``names`` has an entry for each module that shares the weight, and so has ``places``, module and
     attribute; a weight that lives in no module has none. ``given_dim`` can count from the last dim.
+    ``reader``, if any, is the type of a module that reads the weight and never calls the one that has it.
     """
 
-    __slots__ = ("dim", "given_dim", "names", "places", "shape")
+    __slots__ = ("dim", "given_dim", "names", "places", "reader", "shape")
 
     def __init__(
         self,
@@ -59,31 +57,25 @@ class Weight:
         self.dim = dim
         self.places = list(places)
         self.given_dim = dim if given_dim is None else given_dim
+        self.reader: str | None = None
 
     @property
     def name(self) -> str:
         """What the weight is called: its name at the first of its places."""
         return self.names[0]
 
+    def check_holds_mask(self) -> None:
+        """Raises ValueError where no hook would renew a masked weight."""
+        if self.reader is not None:
+            raise ValueError(
+                f"{self.name}: {self.reader} reads this weight itself and never calls the module that has "
+                "it, so that no hook would renew what a mask leaves of it: exclude the weight, or prune it "
+                "with permanent=True"
+            )
+
     @property
     def channels(self) -> int:
         return self.shape[self.dim]
-
-
-# What a call on one of many parameters raises about it, as a rule.
-NAMED_ERRORS = (TypeError, ValueError, IndexError, RuntimeError)
-
-
-def add_name(error: Exception, name: str) -> None:
-    """Puts the name, where there is one, before the error's message."""
-    # In place, since not every type of exception can be made from a message alone.
-    if name and error.args and isinstance(error.args[0], str):
-        error.args = f"{name}: {error.args[0]}", *error.args[1:]
-
-
-def _is_pruned(module: nn.Module, attribute: str) -> bool:
-    """Whether the attribute is a masked weight. Spectral norm has an ``_orig`` too, but no mask."""
-    return attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers
 
 
 def check_is_eager(module: nn.Module) -> None:
@@ -95,110 +87,72 @@ def check_is_eager(module: nn.Module) -> None:
         )
 
 
+def check_not_parametrized(module: nn.Module, attribute: str, name: str = "") -> None:
+    """Refuses what torch refuses, without computing it: spectral norm changes when it is looked at."""
+    if parametrize.is_parametrized(module, attribute):
+        raise TypeError(
+            f"{name or attribute}: is parametrized, so that it is no parameter to prune: exclude it, or "
+            f"torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r}) first"
+        )
+
+
 def current_tensor(module: nn.Module, attribute: str, name: str) -> Tensor:
     """The parameter, or where it is pruned, the masked weight."""
     check_is_eager(module)
     parameter = module._parameters.get(attribute)
     if parameter is not None:
         return parameter
-    if _is_pruned(module, attribute):
+    if is_masked(module, attribute):
         return getattr(module, attribute)
+    check_not_parametrized(module, attribute, name)
     known = []
     for key, value in module._parameters.items():
         stem = key.removesuffix("_orig")
         if value is not None:
-            known.append(stem if _is_pruned(module, stem) else key)
-    found = type(getattr(module, attribute, None)).__name__
+            known.append(stem if is_masked(module, stem) else key)
     raise AttributeError(
         f"{name}: expected a parameter of {type(module).__name__} ({', '.join(known) or 'it has none'}), "
-        f"got {attribute!r}" + (f", which is {found}" if hasattr(module, attribute) else "")
+        f"got {attribute!r}{_what_it_is(module, attribute)}"
     )
 
 
-def output_dim(module: nn.Module) -> int | None:
-    """The dim of a module's weight whose channels are its outputs, where its type says so."""
-    return next((out for kinds, out, _ in _DIMS if isinstance(module, kinds)), None)
+def _what_it_is(module: nn.Module, attribute: str) -> str:
+    """What a message says of an attribute that is no parameter. No property of the module is computed."""
+    for registry in (module._parameters, module._buffers, module._modules):
+        if attribute in registry:
+            return f", which is {type(registry[attribute]).__name__}"
+    try:
+        found = inspect.getattr_static(module, attribute)
+    except AttributeError:
+        return ""
+    if inspect.isfunction(found):
+        return ", which is a method"
+    return f", which is {type(found).__name__}"
 
 
-def _as_number(dim: Any, module: nn.Module, name: str) -> int:
+def _as_number(dim: Any, entry: Found) -> int:
     """The dim that is meant by a number or a word."""
     if isinstance(dim, str) and dim in ("out", "in"):
-        return _named_dim(dim, module, name)
+        return _named_dim(dim, entry)
     try:
         return operator.index(dim)
     except TypeError:
         kind = ValueError if isinstance(dim, str) else TypeError
-        raise kind(f"{name}: expected a number, 'out' or 'in' as its dim, got {dim!r}") from None
+        raise kind(f"{entry.name}: expected a number, 'out' or 'in' as its dim, got {shown(dim)}") from None
 
 
-def _named_dim(word: str, module: nn.Module, name: str) -> int:
-    for kinds, out, into in _DIMS:
-        if isinstance(module, kinds):
-            return out if word == "out" else into
+def _named_dim(word: str, entry: Found) -> int:
+    if entry.dims is not None:
+        return entry.dims.out if word == "out" else entry.dims.into
+    kind = type(entry.module).__name__
     raise ValueError(
-        f"{name}: dim={word!r} is known for Linear, convolutions and Embedding, got "
-        f"{type(module).__name__}: give its dim as a number"
+        f"{entry.name}: dim={word!r} is known for {KNOWN}, got {entry.attribute!r} of {kind}: give its dim "
+        f"as a number, or teach it: include={{{kind}: {{'out': 0, 'in': 1}}}}"
     )
 
 
-def _matches(patterns: Sequence[Pattern], matched: set[int], name: str, module: nn.Module) -> bool:
-    """Whether any pattern is the module's type or matches the name; notes which ones did."""
-    any_match = False
-    for i, pattern in enumerate(patterns):
-        if isinstance(pattern, str):
-            path = name.rpartition(".")[0]
-            hit = fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern)
-        else:
-            hit = isinstance(module, pattern)
-        if hit:
-            matched.add(i)
-            any_match = True
-    return any_match
-
-
-def _patterns(given: Patterns, what: str) -> list[Pattern]:
-    if given is None:
-        return []
-    patterns = list(given) if isinstance(given, Iterable) and not isinstance(given, str | type) else [given]
-    for pattern in patterns:
-        if not isinstance(pattern, str | type):
-            raise TypeError(f"{what}: expected name patterns and module types, got {pattern!r}")
-    return patterns
-
-
-def _in_model(
-    model: nn.Module,
-    include: Patterns,
-    exclude: Patterns,
-) -> list[tuple[str, nn.Module, str]]:
-    included, excluded = _patterns(include, "include"), _patterns(exclude, "exclude")
-    types = _TYPES + tuple(pattern for pattern in included if isinstance(pattern, type))
-    modules: Iterable[tuple[str, nn.Module]] = model.named_modules()
-    found = [
-        (f"{path}.weight" if path else "weight", module, "weight")
-        for path, module in modules
-        if isinstance(module, types)
-    ]
-    for patterns, what in ((included, "include"), (excluded, "exclude")):
-        if not patterns:
-            continue
-        matched: set[int] = set()
-        wanted = what == "include"
-        kept = [entry for entry in found if _matches(patterns, matched, *entry[:2]) is wanted]
-        for i, pattern in enumerate(patterns):
-            if i not in matched:
-                shown = pattern if isinstance(pattern, str) else pattern.__name__
-                names = ", ".join(name for name, _, _ in found[:3]) or "none"
-                raise ValueError(
-                    f"{what}: {shown!r} matches nothing among the {len(found)} weights of "
-                    f"{type(model).__name__} ({names}{', ...' if len(found) > 3 else ''})"
-                )
-        found = kept
-    return found
-
-
-def _listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[tuple[str, nn.Module, str]]:
-    """Name, module and attribute of each pair."""
+def _listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[Found]:
+    """The place of each pair."""
     if not isinstance(parameters, Iterable):
         raise TypeError(f"expected a module or pairs (module, name), got {type(parameters).__name__}")
     found = []
@@ -209,19 +163,20 @@ def _listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[tuple[str, nn.M
             and isinstance(entry[0], nn.Module)
             and isinstance(entry[1], str)
         ):
-            raise TypeError(f"parameter {i}: expected a pair (module, name), got {entry!r}")
-        found.append((f"{i}.{entry[1]}", *entry))
+            raise TypeError(f"parameter {i}: expected a pair (module, name), got {shown(entry)}")
+        module, attribute = entry
+        found.append(Found(f"{i}.{attribute}", module, attribute, known_weights(module).get(attribute)))
     return found
 
 
-def _dims(dim: Any, found: list[tuple[str, nn.Module, str]]) -> list[Any]:
+def _dims(dim: Any, found: list[Found]) -> list[Any]:
     """The dim of each parameter as it was given: a number or a word."""
     if isinstance(dim, str):
         if dim not in ("out", "in"):
             raise ValueError(f"dim: expected a number, 'out' or 'in', got {dim!r}")
         return [dim] * len(found)
     if isinstance(dim, Mapping):
-        return per_weight(dim, [name for name, _, _ in found], "dim")
+        return per_weight(dim, [entry.name for entry in found], "dim")
     if isinstance(dim, Sequence):
         if len(dim) != len(found):
             raise ValueError(f"dim: expected one per parameter, {len(found)}, got {len(dim)}")
@@ -248,17 +203,25 @@ def collect(
     exclude: Patterns = None,
 ) -> tuple[list[Weight], list[Tensor]]:
     """The weights that a call is about, each once, and their current tensors."""
+    readers: dict[int, str] = {}
     if isinstance(parameters, nn.Module):
-        found = _in_model(parameters, include, exclude)
+        found = find(parameters, include, exclude)
+        readers = uncalled(parameters)
     elif include is not None or exclude is not None:
         raise TypeError("include and exclude choose among the weights of a module, got a list")
     else:
         found = _listed(parameters)
+        if not found:
+            raise ValueError("expected a module or pairs (module, name), got an empty list")
     weights: list[Weight] = []
     tensors: list[Tensor] = []
     by_place: dict[tuple[int, str], str] = {}
     by_identity: dict[Any, Weight] = {}
-    for (name, module, attribute), given in zip(found, _dims(dim, found), strict=True):
+    asked = [entry for entry in found if entry.like is None]
+    given = _dims(dim, asked)
+    given += [given[entry.like] for entry in found if entry.like is not None]
+    for entry, word in zip(found, given, strict=True):
+        name, module, attribute = entry[:3]
         tensor = current_tensor(module, attribute, name)
         place = (id(module), attribute)
         if place in by_place:
@@ -273,7 +236,7 @@ def collect(
             raise ValueError(
                 f"{name}: structured pruning needs two dims or more, got shape {tuple(tensor.shape)}"
             )
-        along = _as_number(given, module, name)
+        along = _as_number(word, entry if entry.like is None else found[entry.like])
         if not -dims <= along < dims:
             raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
         given_dim, along = along, along % dims
@@ -283,32 +246,46 @@ def collect(
                 id(module._parameters[attribute + "_orig"]),
                 id(module._buffers[attribute + "_mask"]),
             )
-        shared = by_identity.get(identity)
-        if shared is None:
+        weight = by_identity.get(identity)
+        if weight is None:
             weight = Weight([name], tensor.shape, along, [(module, attribute)], given_dim)
             by_identity[identity] = weight
             weights.append(weight)
             tensors.append(tensor)
-        elif shared.dim == along:
-            shared.names.append(name)
-            shared.places.append((module, attribute))
+        elif weight.dim == along:
+            weight.names.append(name)
+            weight.places.append((module, attribute))
         else:
             raise ValueError(
-                f"{name}: shares its weight with {shared.name}, so expected one dim for both, got {along} "
-                f"and {shared.dim}: exclude one, or give the dims"
+                f"{name}: shares its weight with {weight.name}, so expected one dim for both, got {along} "
+                f"and {weight.dim}: exclude both, or pass dim={min(along, weight.dim)} for both"
             )
+        _note_reader(weight, module, readers)
     return weights, tensors
+
+
+def _note_reader(weight: Weight, module: nn.Module, readers: Mapping[int, str]) -> None:
+    """Who reads the weight in place of the module that has it; ``readers`` of a model's modules."""
+    reader = readers.get(id(module))
+    if reader is None and is_uncalled_type(module):
+        reader = nn.MultiheadAttention.__name__
+    if reader is not None:
+        weight.reader = reader
 
 
 def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
     """The weights, which live in no module yet, where a model, or a list of pairs, has their names."""
     names = [name for weight in weights for name in weight.names]
     places: dict[str, tuple[nn.Module, str]] = {}
+    readers: dict[int, str] = {}
     if isinstance(parameters, nn.Module):
         owner = type(parameters).__name__
-        modules = dict(parameters.named_modules(remove_duplicate=False))
+        readers = uncalled(parameters)
+        modules = dict(named_modules(parameters, remove_duplicate=False))
         for name in names:
             path, _, attribute = name.rpartition(".")
+            if path not in modules:
+                path = bare_name(name).rpartition(".")[0]
             if path not in modules:
                 raise ValueError(f"{name}: {owner} has no module {path!r}: the plan is for another model")
             places[name] = (modules[path], attribute)
@@ -317,7 +294,7 @@ def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
         found = _listed(parameters)
         if len(found) != len(names):
             raise ValueError(f"expected the {len(names)} parameters that the plan is for, got {len(found)}")
-        places = {name: (module, attribute) for name, module, attribute in found}
+        places = {entry.name: (entry.module, entry.attribute) for entry in found}
     shapes = {}
     for name, place in places.items():
         try:
@@ -327,10 +304,12 @@ def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
         _check_has_shape(tensor, name)
         shapes[name] = tuple(tensor.shape)
     check_shapes(weights, shapes, owner)
-    return [
-        Weight(weight.names, weight.shape, weight.dim, [places[name] for name in weight.names])
-        for weight in weights
-    ]
+    here = []
+    for weight in weights:
+        here.append(Weight(weight.names, weight.shape, weight.dim, [places[name] for name in weight.names]))
+        for module, _ in here[-1].places:
+            _note_reader(here[-1], module, readers)
+    return here
 
 
 def check_shapes(weights: Sequence[Weight], shapes: Mapping[str, Sequence[int]], owner: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lnprune import plan_file, report
 from lnprune.application import Application
-from lnprune.arguments import check_flags, shown
+from lnprune.messages import check_flags, shown
 from lnprune.parameters import Parameters, Weight, placed
 from lnprune.plan_file import PlanEntry
 from lnprune.selection import alive_groups, group_norms
@@ -164,7 +164,8 @@ class Plan:
                 or shares its memory with one that is pruned along another dim; or, with ``permanent``, its
                 values lie in other tensors (DTensor) or in memory that cannot be written.
             ValueError: ``bias`` with channels that are not a module's outputs; ``keep_backup`` without
-                ``permanent``.
+                ``permanent``; a mask for a weight whose module is never called, as that of
+                MultiheadAttention's ``out_proj``, so that no hook would renew it.
 
         Example:
             >>> import lnprune
@@ -217,7 +218,8 @@ def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
 
     Args:
         path: the file.
-        parameters: the model, or pairs ``(module, name)`` in the order in which they were ranked.
+        parameters: the model, wrapped (compiled, parallel, averaged) or not, or pairs ``(module, name)`` in
+            the order in which they were ranked.
 
     Returns:
         the :class:`Plan`, without norms.

@@ -48,6 +48,9 @@ def ln_structured(
     Norms are summed in float64 for every dtype. NaN ranks highest, then the larger norm, then the lower
     index; :func:`reference_ranking` ranks as torch does instead.
 
+    As with torch, a weight whose module is never called must not get a mask, since no hook would renew it:
+    that of ``nn.MultiheadAttention.out_proj``. Whole-model calls refuse such masks.
+
     Args:
         module: the module to prune.
         name: the name of a parameter with two dims or more, on any device. Real floating-point

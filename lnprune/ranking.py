@@ -74,26 +74,32 @@ def rank(
 
     Args:
         parameters: pairs ``(module, name)``, as in torch's ``global_unstructured``; they are called
-            ``"0.weight"``, ``"1.weight"``, ... Or a module: then the ``weight`` of every Linear, Conv1d,
-            Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d and Embedding in it.
+            ``"0.weight"``, ``"1.weight"``, ... Or a module: then the weights of every Linear, convolution,
+            transposed convolution, Embedding, MultiheadAttention and Conv1D of transformers in it. Their
+            names are those of the bare model, without what wrappers (compiled, parallel, averaged) add.
         n: the order of the norm, as for :func:`ln_structured`.
         dim: the dim of the channels: one number; ``"out"`` or ``"in"``, which is the right one for each
             type of module; or one per parameter, as a sequence or as a mapping by name.
         importance_scores: tensors to rank in place of some of the weights, by ``(module, name)`` or by
             the parameter's name, each of its parameter's shape.
         include: of a module, the weights to take: patterns as in :mod:`fnmatch` for the name of the
-            parameter or of its module, and types of modules, those beyond the ones above too.
-        exclude: patterns and types of weights not to take.
+            parameter or of its module, and types of modules. A pattern that matches none of the weights
+            above is looked for among all parameters of two dims or more, and a type beyond the ones above
+            stands for all of these in its modules. A mapping also teaches what ``dim="out"`` and ``"in"``
+            mean, as in ``include={MyLinear: {"out": 0, "in": 1}, nn.Linear: None}``.
+        exclude: patterns and types of weights not to take. A weight that modules share is taken under all
+            of its names or, where one of them is excluded, under none.
 
     Returns:
         a :class:`Ranking`. Its norms stay on the devices of the weights until the first selection.
 
     Raises:
         AttributeError: a module has no such parameter.
-        ValueError: a parameter is given twice, has fewer than two dims or no shape yet, shares its weight
-            with one that has another ``dim``; a pattern matches nothing; scores have another shape.
+        ValueError: there is nothing to rank; a parameter is given twice, has fewer than two dims or no
+            shape yet, shares its weight with one that has another ``dim``; a pattern matches nothing;
+            scores have another shape.
         IndexError: ``dim`` is out of range.
-        TypeError: ``parameters`` holds something else.
+        TypeError: ``parameters`` holds something else; a parameter is parametrized.
         RuntimeError: ``n`` is no order of a norm; or inside :func:`reference_ranking`, since a ranking
             across layers has no counterpart in torch.
 

@@ -12,6 +12,7 @@ from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune.masks import Request, masked
+from lnprune.parameters import check_not_parametrized
 from lnprune.transaction import bits
 
 __all__ = ["ParameterState", "Pruning", "unregister"]
@@ -98,6 +99,7 @@ class Pruning(Request):
             self.method.add_pruning_method(new)
         current = module._parameters.get(attribute)
         if current is None:
+            check_not_parametrized(module, attribute)
             current = getattr(module, attribute)
         scores = current if importance_scores is None else importance_scores
         if importance_scores is not None and scores.shape != current.shape:

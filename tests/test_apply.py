@@ -1016,6 +1016,139 @@ def test_a_bias_that_modules_share_with_weights_of_their_own(device, permanent):
     assert torch.equal(bits(model[0].bias), before)
 
 
+@pytest.mark.parametrize("permanent", [False, True])
+def test_biases_of_the_projections_of_attention(device, permanent):
+    """In one for all three, of which each projection has a third where they are apart."""
+    together = nn.MultiheadAttention(8, 2, device=device)
+    apart = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, device=device)
+    for attention in (together, apart):
+        nn.init.normal_(attention.in_proj_bias)
+        names = [name for name, _ in attention.named_parameters() if name.endswith("proj_weight")]
+        pairs = [(attention, name) for name in names]
+        plan = lnprune.rank(pairs, 2, 0).select(0.25).apply(permanent=permanent, bias=True)
+        expected = torch.cat(list(plan.keep.values())).to(device)
+        assert expected.shape == attention.in_proj_bias.shape
+        assert torch.equal(attention.in_proj_bias != 0, expected)
+        values = [torch.randn(3, 1, size, device=device) for size in (8, attention.kdim, attention.vdim)]
+        attention(*values)[0].sum().backward()
+    # Some of the thirds alone.
+    apart = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, device=device)
+    nn.init.normal_(apart.in_proj_bias)
+    plan = lnprune.rank(apart, 2, "out", include="*v_proj_weight").select(3)
+    plan.apply(permanent=permanent, bias=True)
+    assert apart.in_proj_bias.view(3, 8).ne(0).sum(dim=1).tolist() == [8, 8, 5]
+    plan = lnprune.rank([(nn.MultiheadAttention(8, 2, device=device), "in_proj_weight")], 2, 1).select(2)
+    with pytest.raises(ValueError, match=r"^0\.in_proj_weight: bias=True needs channels that are outputs"):
+        plan.apply(permanent=permanent, bias=True)
+
+
+# Weights that no hook renews.
+
+
+class ShiftedWindowAttention(nn.Module):
+    """As torchvision has it: a function reads the weights of both layers."""
+
+    __module__ = "torchvision.models.swin_transformer"
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.linear(x, self.qkv.weight)[..., :8], self.proj.weight)
+
+
+class Calling(ShiftedWindowAttention):
+    """A subclass that calls the layers, whose hooks run then."""
+
+    def forward(self, x):
+        return self.proj(self.qkv(x)[..., :8])
+
+
+READERS = {
+    "Transformer": (
+        lambda: nn.Transformer(8, 2, 1, 1, 16, dropout=0, batch_first=True),
+        "encoder.layers.0.self_attn.out_proj.weight",
+        "MultiheadAttention",
+    ),
+    "another out_proj": (
+        lambda: _with_another_out_proj(nn.MultiheadAttention(8, 2)),
+        "out_proj.weight",
+        "MultiheadAttention",
+    ),
+    "Swin": (ShiftedWindowAttention, "qkv.weight", "ShiftedWindowAttention"),
+}
+
+
+def _with_another_out_proj(attention):
+    attention.out_proj = nn.Linear(8, 8)
+    return attention
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_masks_that_no_hook_would_renew_are_refused(kind, device, tmp_path):
+    make, name, reader = READERS[kind]
+    model = make().to(device)
+    snapshot = ModelSnapshot(model)
+    lnprune.rank(model, 2, "out").select(2).save(tmp_path / "plan")
+    for call in (
+        lambda: lnprune.local_structured(model, 2, 2, "out"),
+        lambda: lnprune.global_structured(model, 2, 2, "out"),
+        lambda: lnprune.rank(model, 2, "out").select(2).apply(),
+        lambda: lnprune.load_plan(tmp_path / "plan", model).apply(bias=True),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {reader} reads this weight .*permanent=True$"):
+            call()
+        snapshot.assert_unchanged()
+    lnprune.local_structured(model, 2, 2, "out", permanent=True)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            assert int((parameter == 0).all(dim=1).sum()) == 2
+
+
+def test_a_mask_on_an_output_projection_in_a_list_is_refused(device):
+    attention = nn.MultiheadAttention(8, 2, device=device)
+    pairs = [(attention, "in_proj_weight"), (attention.out_proj, "weight")]
+    with pytest.raises(ValueError, match=r"^1\.weight: MultiheadAttention reads this weight itself"):
+        lnprune.local_structured(pairs, 2, 2, 0)
+    assert not lnprune.is_pruned(attention)
+    lnprune.local_structured(pairs, 2, 2, 0, permanent=True)
+
+
+def test_what_a_module_calls_itself_is_masked(device):
+    model = Calling().to(device)
+    lnprune.local_structured(model, 2, 2, "out")
+    assert lnprune.is_pruned(model.qkv)
+    assert lnprune.is_pruned(model.proj)
+
+
+@pytest.mark.parametrize("dropped", [None, "bias"])
+def test_a_masked_transformer_trains(dropped, device):
+    """All of its weights but those that nobody calls; the zeros stay, the rest learns, in eval mode too."""
+    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0, batch_first=True, device=device)
+    plan = lnprune.rank(model, 2, "out", exclude="*.out_proj").select(0.25)
+    plan.apply(bias=dropped == "bias")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    source, target = torch.randn(2, 3, 8, device=device), torch.randn(2, 4, 8, device=device)
+    attention = model.encoder.layers[0].self_attn
+    for _ in range(3):
+        before = attention.in_proj_weight.detach().clone()
+        optimizer.zero_grad()
+        (model(source, target) * torch.randn_like(target)).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.eval()
+            model(source, target)
+            model.train()
+        assert not torch.equal(attention.in_proj_weight, before)
+        for name, keep in plan.keep.items():
+            module, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            weight = getattr(module, attribute)
+            assert torch.equal((weight != 0).any(dim=1).cpu(), keep)
+            original, mask = (getattr(module, f"{attribute}_{kind}") for kind in ("orig", "mask"))
+            assert torch.equal(weight, original * mask)
+
+
 # Shared weights.
 
 

@@ -161,6 +161,14 @@ for placement in (Shard(1), Replicate()):
         raise AssertionError("remove_all changed no weight and said nothing")
     assert lnprune.is_pruned(made[0]) and lnprune.is_pruned(made[1])
     assert all(torch.equal(m.weight.full_tensor(), old) for m, old in zip(made, masked))
+
+# The names of a parallel model are those of the bare one.
+bare = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+parallel = nn.parallel.DistributedDataParallel(bare)
+assert lnprune.rank(parallel, 2, "out").names == ["0.weight", "2.weight"]
+plan = lnprune.rank(torch.compile(parallel), 2, "out").select(0.5)
+assert plan.apply().keep.keys() == {"0.weight", "2.weight"}
+assert lnprune.is_pruned(bare[2])
 dist.destroy_process_group()
 """
 

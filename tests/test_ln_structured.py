@@ -238,7 +238,7 @@ def test_no_such_name(device, name):
     assert_same_outcome(lambda: linear(device), prune_call(1, 2, 0, name=name), raises=True)
 
 
-def test_a_buffer_or_a_parametrized_weight(device):
+def test_a_buffer_or_an_attribute(device):
     def with_buffer():
         module = nn.Module()
         module.register_buffer("weight", torch.randn(4, 4, device=device))
@@ -249,11 +249,30 @@ def test_a_buffer_or_a_parametrized_weight(device):
         module.weight = torch.randn(4, 4, device=device)
         return module
 
-    def parametrized():
-        return parametrizations.weight_norm(linear(device))
-
-    for make in (with_buffer, with_attribute, parametrized):
+    for make in (with_buffer, with_attribute):
         assert_same_outcome(make, prune_call(1, 2, 0), raises=True)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_parametrized_weight_is_refused_without_being_computed(kind, device):
+    """Torch computes it, which moves the power iteration of spectral norm, and raises this error."""
+    module = getattr(parametrizations, kind)(linear(device))
+    with pytest.raises(TypeError):
+        stock.ln_structured(copy.deepcopy(module), "weight", 1, 2, 0)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    calls = [
+        lambda: lnprune.ln_structured(module, "weight", 1, 2, 0),
+        lambda: lnprune.rank(module, 2, 0),
+        lambda: lnprune.rank([(module, "weight")], 2, 0),
+        lambda: lnprune.local_structured(module, 1, 2, "out"),
+        lambda: lnprune.global_structured(module, 1, 2, "out", permanent=True),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"weight: is parametrized.* exclude it"):
+            call()
+        state = module.state_dict()
+        assert list(state) == list(before)
+        assert all(torch.equal(state[key], value) for key, value in before.items())
 
 
 def test_an_uninitialised_parameter(device):

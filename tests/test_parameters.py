@@ -91,10 +91,81 @@ def test_a_module_stands_for_the_weights_of_its_supported_types():
     assert dims(Network(), "out") == [1, 0, 0, 0]
     assert names(Network().encoder) == ["0.weight", "2.weight"]
     assert names(nn.Linear(3, 2)) == ["weight"]
-    assert names(nn.Sequential(nn.ReLU(), nn.LayerNorm(4))) == []
-    assert names(nn.TransformerEncoderLayer(8, 2, 16), dim=0) == [
-        *("self_attn.out_proj.weight", "linear1.weight", "linear2.weight"),
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    assert names(layer) == [
+        *("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"),
     ]
+    assert dims(layer, "out") == [0, 0, 0, 0]
+    assert dims(layer, "in") == [1, 1, 1, 1]
+
+
+def test_the_projections_of_attention_are_weights_as_those_of_linear_layers_are():
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, add_bias_kv=True)
+    projections = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    assert names(attention) == [*projections, "out_proj.weight"]
+    assert dims(attention, "out") == [0, 0, 0, 0]
+    shapes = [entry.shape for entry in lnprune.rank(attention, 2, "out").select(0).entries]
+    assert shapes == [(8, 8), (8, 6), (8, 4), (8, 8)]
+    assert names(attention, include=nn.MultiheadAttention) == projections
+    assert names(attention, 0, include="bias_k") == ["bias_k"]
+    values = torch.randn(3, 1, 8), torch.randn(3, 1, 6), torch.randn(3, 1, 4)
+    with torch.no_grad():
+        for name in projections:
+            getattr(attention, name).zero_()
+            assert getattr(attention, name).shape[0] == 8
+        flat, _ = attention(*values)
+        attention.v_proj_weight[3] = 1
+        changed, _ = attention(*values)
+    assert not torch.equal(flat, changed)
+
+
+class Conv1D(nn.Module):
+    """As transformers has it: the weight is [inputs, outputs]."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_conv1d_of_transformers_is_known_by_its_name():
+    model = nn.Sequential(Conv1D(6, 4), nn.LayerNorm(6))
+    assert names(model) == ["0.weight"]
+    assert dims(model, "out") == [1]
+    assert dims(model, "in") == [0]
+    lnprune.rank(model, 2, "out").select(2).apply(permanent=True, bias=True)
+    assert int((model[0](torch.randn(5, 4)) == 0).all(dim=0).sum()) == 2
+
+
+class Projection(nn.Module):
+    """A layer of a user's own, with a weight [inputs, outputs] under another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 7))
+        self.scale = nn.Parameter(torch.randn(7))
+
+
+def test_dims_can_be_taught():
+    model = nn.Sequential(nn.Linear(3, 5), Projection(), nn.Linear(7, 2))
+    taught = {Projection: {"out": 1, "in": 0}}
+    assert names(model, include=taught) == ["1.kernel"]
+    assert dims(model, "out", include=taught) == [1]
+    assert dims(model, "in", include=taught) == [0]
+    everything = {nn.Linear: None, **taught}
+    assert names(model, include=everything) == ["0.weight", "1.kernel", "2.weight"]
+    assert dims(model, "out", include=everything) == [0, 1, 0]
+    assert dims(model, "out", include={"*.kernel": {"out": -1, "in": -2}}) == [1]
+    # What is taught of a known type goes first.
+    assert dims(model, "out", include={"0": {"out": 1, "in": 0}, nn.Linear: None}) == [1, 0]
+    for bad in ({"out": 0}, {"out": 0, "in": "1"}, 0, {"out": 0, "in": 1, "x": 2}):
+        with pytest.raises(ValueError, match=r"^include: expected the dims of 'Projection' as \{'out': 0"):
+            lnprune.rank(model, 2, "out", include={Projection: bad})
 
 
 def test_subclasses_count_as_their_base():
@@ -129,11 +200,11 @@ def test_a_module_at_two_places_is_ranked_once():
         ({"exclude": "encoder.*"}, ["embed.weight", "head.1.weight"]),
         ({"exclude": nn.Embedding}, ALL[1:]),
         ({"exclude": ["embed", "head.1.weight"]}, ALL[1:3]),
-        ({"exclude": "*"}, []),
-        ({"exclude": nn.Module}, []),
         ({"exclude": []}, ALL),
         ({"include": nn.Conv1d, "exclude": "*.2"}, ["encoder.0.weight"]),
-        ({"include": "*er.*", "exclude": nn.Conv1d}, []),
+        ({"include": "mix", "dim": 0}, ["mix.weight"]),
+        ({"include": "*mix.weight", "dim": 0}, ["mix.weight"]),
+        ({"include": ["*mix.weight", "head.?"], "dim": 0}, ["mix.weight", "head.1.weight"]),
         ({"include": nn.Bilinear, "dim": 0}, ["mix.weight"]),
         ({"include": [nn.Bilinear, nn.Linear], "dim": 0}, ["mix.weight", "head.1.weight"]),
     ],
@@ -155,7 +226,6 @@ def test_pairs_are_called_by_their_place_and_kept_in_order():
     ranking = lnprune.rank(iter(pairs), 2, 0)
     assert [norms.numel() for norms in ranking.norms.values()] == [5, 3]
     assert names(tuple(pairs), 0) == ["0.weight", "1.weight"]
-    assert names([], 0) == []
 
 
 def test_pairs_name_any_parameter():
@@ -225,7 +295,98 @@ def test_a_shared_weight_takes_dims_that_name_the_same_one():
     model = Tied()
     assert dims(model, [0, 1, -2]) == [0, 1]
     assert dims(model, {"embed.weight": "in", "middle.weight": 1, "decode.weight": "out"}) == [0, 1]
-    assert names(model, "out", exclude="decode") == ["embed.weight", "middle.weight"]
+
+
+def test_excluding_one_name_of_a_shared_weight_excludes_the_weight():
+    for exclude in ("decode", "embed", "embed.weight", nn.Embedding, ["decode", "embed"]):
+        assert names(Tied(), "out", exclude=exclude) == ["middle.weight"]
+    assert names(Tied(), "out", include=nn.Linear, exclude="embed") == ["middle.weight"]
+
+
+def test_including_one_name_of_a_shared_weight_prunes_it_under_all():
+    for include in ("decode", ["decode", "middle"], nn.Linear):
+        model = Tied()
+        plan = lnprune.rank(model, 2, "out", include=include).select(4)
+        (values,) = [each for each in plan.to_dict()["parameters"] if each["name"] == "decode.weight"]
+        assert values["shared_with"] == ["embed.weight"]
+        assert values["dim"] == 0
+        plan.apply()
+        assert model.decode.weight_mask is model.embed.weight_mask
+        tokens = torch.randint(11, (6,))
+        before = model.decode(model.middle(model.embed(tokens)))
+        lnprune.remove_all(model)
+        assert model.decode.weight is model.embed.weight
+        assert torch.equal(model.decode(model.middle(model.embed(tokens))), before)
+
+
+def test_a_parameter_that_a_weight_shares_with_another_type_is_pruned_with_it():
+    """Whatever holds it, under its name, along the same dim."""
+    model = nn.Sequential(Projection(), nn.Linear(7, 5))
+    model[1].weight = model[0].kernel
+    (values,) = lnprune.rank(model, 2, "in").select(2).to_dict()["parameters"]
+    assert (values["name"], values["shared_with"], values["dim"]) == ("1.weight", ["0.kernel"], 1)
+
+
+def test_pairs_may_name_one_of_the_places_of_a_shared_weight():
+    model = Tied()
+    pairs = [(model.embed, "weight")]
+    assert names(pairs, 0) == ["0.weight"]
+
+
+class Wrapper(nn.Module):
+    """A user's own, whose child only happens to be called as those of torch's wrappers are."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "compiled": torch.compile,
+    "compiled and averaged": lambda model: torch.optim.swa_utils.AveragedModel(torch.compile(model)),
+    "compiled layers": lambda model: nn.Sequential(*map(torch.compile, model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_models_have_the_names_of_bare_ones(wrap, tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    bare = make()
+    wrapped = WRAPPERS[wrap](make())
+    assert names(wrapped) == names(bare) == ["0.weight", "2.weight"]
+    assert names(wrapped, include="2") == ["2.weight"]
+    lnprune.rank(bare, 2, "out").select(1).save(tmp_path / "bare")
+    lnprune.rank(wrapped, 2, "out").select(1).save(tmp_path / "wrapped")
+    for path in ("bare", "wrapped"):
+        for model in (make(), WRAPPERS[wrap](make())):
+            plan = lnprune.load_plan(tmp_path / path, model).apply()
+            inside = [module for module in model.modules() if type(module) is nn.Linear]
+            for module, keep in zip(inside, plan.keep.values(), strict=True):
+                assert torch.equal(module.weight_mask[:, 0] != 0, keep)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_plans_with_the_names_of_a_wrapped_model_load(prefix, tmp_path):
+    """As files have them that were written by hand, or with names of a state dict."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    path = tmp_path / "plan"
+    lnprune.rank(model, 2, "out").select(1).save(path)
+    path.write_text(path.read_text().replace('"name": "', f'"name": "{prefix}'))
+    lnprune.load_plan(path, model).apply()
+    assert lnprune.is_pruned(model[0])
+    lnprune.load_plan(path, nn.DataParallel(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)))).apply()
+
+
+def test_a_module_of_a_users_own_that_is_called_module_keeps_its_name(tmp_path):
+    model = Wrapper(nn.Linear(4, 6))
+    assert names(model) == ["module.weight"]
+    lnprune.rank(model, 2, "out").select(1).save(tmp_path / "plan")
+    lnprune.load_plan(tmp_path / "plan", model).apply()
+    assert lnprune.is_pruned(model.module)
 
 
 def test_views_of_one_memory_are_weights_of_their_own():
@@ -309,8 +470,8 @@ REFUSED = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(linear())),
         {},
         (
-            AttributeError,
-            "0.weight: expected a parameter of ParametrizedLinear (bias), got 'weight', which",
+            TypeError,
+            "0.weight: is parametrized, so that it is no parameter to prune: exclude it, or",
         ),
     ),
     "original that another tool made": (
@@ -366,6 +527,37 @@ REFUSED = {
         {"include": "*"},
         (ValueError, "include: '*' matches nothing among the 0 weights of ReLU (none)"),
     ),
+    "model without weights": (
+        lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(4)),
+        {},
+        (
+            ValueError,
+            "Sequential has no weights of the types that are taken by themselves (Linear, convolutions, "
+            "Embedding, MultiheadAttention and transformers' Conv1D), and no other parameters of two dims",
+        ),
+    ),
+    "model of other types": (
+        lambda: nn.Sequential(Projection(), nn.LSTM(3, 4), Projection(), nn.LayerNorm(4)),
+        {},
+        (
+            ValueError,
+            "Sequential has no weights of the types that are taken by themselves (Linear, convolutions, "
+            "Embedding, MultiheadAttention and transformers' Conv1D), but parameters of two dims or more "
+            "in Projection (2), LSTM (2): include them by type or by name, as in include=Projection or "
+            "include='0.kernel'",
+        ),
+    ),
+    "empty list": (list, {}, (ValueError, "expected a module or pairs (module, name), got an empty list")),
+    "all excluded": (
+        Network,
+        {"exclude": "*"},
+        (ValueError, "exclude: leaves none of the 4 weights of Network to prune"),
+    ),
+    "all of what was included excluded": (
+        Network,
+        {"include": "*er.*", "exclude": nn.Conv1d},
+        (ValueError, "exclude: leaves none of the 2 weights of Network to prune"),
+    ),
     "included number": (
         Network,
         {"include": [nn.Linear, 3]},
@@ -379,7 +571,7 @@ REFUSED = {
     "excluded module": (
         Network,
         {"exclude": [nn.Linear(3, 2)]},
-        (TypeError, "exclude: expected name patterns and module types, got Linear("),
+        (TypeError, "exclude: expected name patterns and module types, got a module of type Linear"),
     ),
     "include with a list": (
         lambda: [(linear(), "weight")],
@@ -404,7 +596,7 @@ REFUSED = {
     "included type with weights of one dim": (
         Network,
         {"include": nn.LayerNorm},
-        (ValueError, "head.0.weight: structured pruning needs two dims or more, got shape (8,)"),
+        (ValueError, "include: 'LayerNorm' matches nothing among the 4 weights of Network"),
     ),
     "dim out of range": (
         lambda: nn.Sequential(nn.Conv1d(4, 3, 2), linear()),
@@ -434,7 +626,12 @@ REFUSED = {
     "word for a module of another type": (
         Network,
         {"include": [nn.Linear, nn.Bilinear], "dim": "out"},
-        (ValueError, "mix.weight: dim='out' is known for Linear, convolutions and Embedding, got Bilinear"),
+        (
+            ValueError,
+            "mix.weight: dim='out' is known for Linear, convolutions, Embedding, MultiheadAttention and "
+            "transformers' Conv1D, got 'weight' of Bilinear: give its dim as a number, or teach it: "
+            "include={Bilinear: {'out': 0, 'in': 1}}",
+        ),
     ),
     "no dim": (
         linear,
@@ -469,7 +666,20 @@ REFUSED = {
     "modules in place of pairs": (
         lambda: [linear()],
         {},
-        (TypeError, "parameter 0: expected a pair (module, name), got Linear("),
+        (TypeError, "parameter 0: expected a pair (module, name), got a module of type Linear"),
+    ),
+    "parameters in place of pairs": (
+        lambda: list(linear().parameters()),
+        {},
+        (TypeError, "parameter 0: expected a pair (module, name), got a Parameter of shape (3, 4)"),
+    ),
+    "parameter and module in a pair": (
+        lambda: [(linear(), linear().weight)],
+        {},
+        (
+            TypeError,
+            "parameter 0: expected a pair (module, name), got (a module of type Linear, a Parameter of",
+        ),
     ),
     "list as a pair": (
         lambda: [(linear(), "weight"), [linear(), "weight"]],
@@ -479,17 +689,17 @@ REFUSED = {
     "pair of three": (
         lambda: [(linear(), "weight", 0)],
         {},
-        (TypeError, "parameter 0: expected a pair (module, name), got (Linear("),
+        (TypeError, "parameter 0: expected a pair (module, name), got (a module of type Linear, "),
     ),
     "pair without a module": (
         lambda: [("weight", linear())],
         {},
-        (TypeError, "parameter 0: expected a pair (module, name), got ('weight', Linear("),
+        (TypeError, "parameter 0: expected a pair (module, name), got ('weight', a module of type Linear)"),
     ),
     "pair with a number": (
         lambda: [(linear(), 0)],
         {},
-        (TypeError, "parameter 0: expected a pair (module, name), got (Linear("),
+        (TypeError, "parameter 0: expected a pair (module, name), got (a module of type Linear, "),
     ),
     "word in place of parameters": (
         lambda: "weight",
@@ -528,5 +738,23 @@ def test_what_is_refused_is_named_in_a_sentence(case):
 
 
 def test_both_dims_of_a_shared_weight_are_in_the_message():
-    with pytest.raises(ValueError, match=r"for both, got 0 and 1: exclude one, or give the dims$"):
+    with pytest.raises(ValueError, match=r"for both, got 0 and 1: exclude both, or pass dim=0 for both$"):
         lnprune.rank(Tied(), 2, "out")
+
+
+class Looked(nn.Module):
+    """Counts how often a property is computed."""
+
+    looks = 0
+
+    @property
+    def weight(self):
+        type(self).looks += 1
+        return torch.randn(3, 3)
+
+
+def test_a_property_is_not_computed():
+    for call in (lnprune.rank, lnprune.local_structured):
+        with pytest.raises(AttributeError, match=r"^0\.weight: expected a parameter of Looked .*property$"):
+            call([(Looked(), "weight")], *((2, 0) if call is lnprune.rank else (1, 2, 0)))
+    assert Looked.looks == 0

@@ -273,7 +273,7 @@ def test_any_order_and_norms_that_are_not_finite_have_a_table(n, with_and_withou
         text = str(lnprune.rank(module, n, 0).select(amount))
         assert f"{4 - amount} of 4" in text
         assert ("nan" in text) == (amount > 1)
-    assert "0 parameters" in str(lnprune.rank([], n, 0).select(0.5))
+    assert "0 parameters" in str(Ranking([], n, []).select(0.5))
 
 
 # ------------------------------------------------------------------------------------------ pictures
@@ -299,7 +299,7 @@ def test_a_plot_is_a_picture(tmp_path):
     for name, plan in (
         ("one", example()),
         ("busy", busy_plan()),
-        ("none", lnprune.rank([], 2, 0).select(0)),
+        ("none", Ranking([], 2, []).select(0)),
     ):
         path = tmp_path / f"{name}.png"
         assert plan.plot(path) is None
@@ -521,7 +521,7 @@ def test_modules_are_found_by_any_of_their_names(tmp_path):
 
 
 def test_an_empty_plan_comes_back(tmp_path):
-    assert len(round_trip(lnprune.rank([], 2, 0).select(0.5), [], tmp_path)) == 0
+    assert len(round_trip(Ranking([], 2, []).select(0.5), [], tmp_path)) == 0
 
 
 def saved(tmp_path, change=None, plan=None):

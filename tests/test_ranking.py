@@ -20,6 +20,7 @@ from torch.nn.utils import prune as stock
 
 import lnprune
 from lnprune import ops
+from lnprune.ranking import Ranking
 
 ORDERS = [0, 1, 2, math.inf, -math.inf, 3, 0.5, -1]
 on_every_device = pytest.mark.parametrize("device", cases.DEVICES)
@@ -443,7 +444,7 @@ def test_what_a_ranking_says_of_itself():
     assert len(ranking) == 4
     assert ranking.n == math.inf
     assert ranking.names == list(DIMS)
-    assert repr(lnprune.rank([], "fro", 0)) == "Ranking(0 parameters, 0 channels, n='fro')"
+    assert repr(Ranking([], "fro", [])) == "Ranking(0 parameters, 0 channels, n='fro')"
 
 
 # ------------------------------------------------------------------------------- select: brute force
@@ -1129,13 +1130,13 @@ def test_nothing_to_select_from(of, normalize, scope):
     for amount in (0, 0.5, 1.0, {}):
         if amount == {} and scope == "global":
             continue
-        plan = lnprune.rank([], 2, 0).select(amount, **options)
+        plan = Ranking([], 2, []).select(amount, **options)
         assert len(plan) == 0
         assert plan.keep == {}
         assert plan.entries == []
     if scope == "global":
         with pytest.raises(ValueError, match="amount=1 "):
-            lnprune.rank([], 2, 0).select(1, **options)
+            Ranking([], 2, []).select(1, **options)
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

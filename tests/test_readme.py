@@ -59,6 +59,21 @@ def check_the_mask(names):
 CHECKS = [check_use, check_whole_models, check_the_mask]
 
 
+DOCS = sorted(ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if code_of(page)], ids=lambda page: page.name)
+def test_code_of_the_docs_runs(page, tmp_path, monkeypatch):
+    """With what it says it ranks: a comment after a call names the parameters."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in code_of(page):
+        exec(block, names)
+        said = re.findall(r"^(lnprune\.rank\(.+\))  # ((?:[\w.]+, )*[\w.]+)", block, re.MULTILINE)
+        for call, expected in said:
+            assert ", ".join(eval(call, names).names) == expected
+
+
 def test_each_block_of_the_readme_has_a_check():
     assert len(code_of(ROOT / "README.md")) == len(CHECKS)
 

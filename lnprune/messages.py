@@ -1,4 +1,4 @@
-"""Checks of arguments that several public calls take, and how messages show what arrived."""
+"""What errors say: the parameter's name, what arrived in short; and checks that several calls share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["check_flags", "shown"]
+__all__ = ["NAMED_ERRORS", "add_name", "check_flags", "shown"]
+
+# What a call on one of many parameters raises about it, as a rule.
+NAMED_ERRORS = (TypeError, ValueError, IndexError, RuntimeError)
+
+
+def add_name(error: Exception, name: str) -> None:
+    """Puts the name, where there is one, before the error's message."""
+    # In place, since not every type of exception can be made from a message alone.
+    if name and error.args and isinstance(error.args[0], str):
+        error.args = f"{name}: {error.args[0]}", *error.args[1:]
 
 
 def check_flags(**flags: Any) -> None:

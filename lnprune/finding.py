@@ -1,0 +1,241 @@
+"""Which parameters of a model are meant: names without wrappers, patterns, weights that modules share."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Union
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lnprune.layer_types import KNOWN, Dims, known_weights, uncalled_children, wrapped_child
+from lnprune.messages import shown
+
+__all__ = ["Found", "Pattern", "Patterns", "find", "is_masked", "named_modules", "parameter_of", "uncalled"]
+
+Pattern = Union[str, type]
+Patterns = Union[Pattern, Iterable[Pattern], Mapping[Any, Union[Mapping[str, int], None]], None]
+
+
+class Found(NamedTuple):
+    """One place of a parameter."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    dims: Dims | None = None  # of its outputs and inputs, where they are known
+    like: int | None = None  # the place, by its index, of the same weight that it was found by
+
+
+def is_masked(module: nn.Module, attribute: str) -> bool:
+    """Whether the attribute is a masked weight. Spectral norm has an ``_orig`` too, but no mask."""
+    return attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers
+
+
+def parameter_of(module: nn.Module, attribute: str) -> Tensor | None:
+    """The parameter behind an attribute, masked or not."""
+    key = attribute + "_orig" if is_masked(module, attribute) else attribute
+    return module._parameters.get(key)
+
+
+def named_modules(
+    module: nn.Module, remove_duplicate: bool = True, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """As :meth:`torch.nn.Module.named_modules`, but that wrappers have no part in the names."""
+    seen = set() if seen is None else seen
+    if remove_duplicate:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+    child = wrapped_child(module)
+    if child is not None:
+        yield from named_modules(child, remove_duplicate, path, seen)
+        return
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_modules(child, remove_duplicate, f"{path}.{name}" if path else name, seen)
+
+
+def _attributes(module: nn.Module) -> list[str]:
+    """The attributes of a module's parameters, masked ones by the names that they had."""
+    found = []
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            stem = key.removesuffix("_orig")
+            found.append(stem if stem != key and is_masked(module, stem) else key)
+    return found
+
+
+def _has_channels(parameter: Tensor | None) -> bool:
+    return parameter is not None and not nn.parameter.is_lazy(parameter) and parameter.dim() > 1
+
+
+def uncalled(model: nn.Module) -> dict[int, str]:
+    """The modules whose hooks never run, by identity: who reads their weights."""
+    readers = {}
+    for module in model.modules():
+        for child in uncalled_children(module):
+            readers[id(child)] = type(module).__name__
+    return readers
+
+
+def _is_known(module: nn.Module, attribute: str) -> bool:
+    """Whether a weight of a known type is there; one that is missing is reported, not left out."""
+    return (
+        attribute == "weight"
+        or parameter_of(module, attribute) is not None
+        or parametrize.is_parametrized(module, attribute)
+    )
+
+
+class _Choice:
+    """Patterns, and which of them matched anything."""
+
+    def __init__(self, given: Patterns, what: str):
+        self.what = what
+        self.dims: dict[int, Dims] = {}  # of those that teach any
+        if given is None:
+            self.patterns: list[Any] = []
+        elif isinstance(given, str | type) or not isinstance(given, Iterable):
+            self.patterns = [given]
+        else:
+            self.patterns = list(given)
+        for i, pattern in enumerate(self.patterns):
+            if not isinstance(pattern, str | type):
+                raise TypeError(f"{what}: expected name patterns and module types, got {shown(pattern)}")
+            if isinstance(given, Mapping) and given[pattern] is not None:
+                self.dims[i] = self._taught(given[pattern], _shown_pattern(pattern))
+        self.matched: set[int] = set()
+
+    def _taught(self, dims: Any, pattern: str) -> Dims:
+        """The dims that a mapping gives for a pattern."""
+        if (
+            not isinstance(dims, Mapping)
+            or set(dims) != {"out", "in"}
+            or any(type(dim) is not int for dim in dims.values())
+        ):
+            raise ValueError(
+                f"{self.what}: expected the dims of {pattern} as {{'out': 0, 'in': 1}}, got {shown(dims)}"
+            )
+        return Dims(dims["out"], dims["in"])
+
+    def match(self, entry: Found, only: Iterable[int] | None = None) -> int | None:
+        """The first pattern that is the module's type or matches the name; notes all that do."""
+        first = None
+        for i, pattern in enumerate(self.patterns):
+            if only is not None and i not in only:
+                continue
+            if isinstance(pattern, str):
+                path = entry.name.rpartition(".")[0]
+                hit = fnmatch.fnmatchcase(entry.name, pattern) or fnmatch.fnmatchcase(path, pattern)
+            else:
+                hit = isinstance(entry.module, pattern)
+            if hit:
+                self.matched.add(i)
+                first = i if first is None else first
+        return first
+
+    def check_all_matched(self, model: nn.Module, among: Sequence[Found]) -> None:
+        for i, pattern in enumerate(self.patterns):
+            if i not in self.matched:
+                names = ", ".join(entry.name for entry in among[:3]) or "none"
+                raise ValueError(
+                    f"{self.what}: {_shown_pattern(pattern)} matches nothing among the {len(among)} "
+                    f"weights of {type(model).__name__} ({names}{', ...' if len(among) > 3 else ''})"
+                )
+
+
+def _shown_pattern(pattern: Pattern) -> str:
+    return repr(pattern if isinstance(pattern, str) else pattern.__name__)
+
+
+def find(model: nn.Module, include: Patterns, exclude: Patterns) -> list[Found]:
+    """The weights of a model that are meant: a tensor under all of its names, or not at all.
+
+    Of several names those come last that it was not found by.
+    """
+    included, excluded = _Choice(include, "include"), _Choice(exclude, "exclude")
+    known: list[Found] = []
+    others: list[Found] = []  # parameters of two dims or more that are no known weights
+    places: dict[int, list[Found]] = {}
+    for path, module in named_modules(model):
+        dims = known_weights(module)
+        here = [attribute for attribute in dims if _is_known(module, attribute)]
+        known += [_found(path, module, attribute, dims[attribute]) for attribute in here]
+        for attribute in _attributes(module):
+            parameter, entry = parameter_of(module, attribute), _found(path, module, attribute)
+            places.setdefault(id(parameter), []).append(entry)
+            if attribute not in here and _has_channels(parameter):
+                others.append(entry)
+    found = _included(model, included, known, others) if included.patterns else known
+    if not found:
+        raise ValueError(_nothing_found(model, others))
+
+    def names_of(entry: Found) -> list[Found]:
+        """The other places of the same parameter."""
+        parameter = parameter_of(entry.module, entry.attribute)
+        return [
+            other
+            for other in places.get(id(parameter), [])
+            if other.module is not entry.module or other.attribute != entry.attribute
+        ]
+
+    if excluded.patterns:
+        left = []
+        for entry in found:
+            hits = [excluded.match(place) for place in (entry, *names_of(entry))]
+            if all(hit is None for hit in hits):
+                left.append(entry)
+        excluded.check_all_matched(model, found)
+        if not left:
+            raise ValueError(
+                f"exclude: leaves none of the {len(found)} weights of {type(model).__name__} to prune"
+            )
+        found = left
+    there = {(id(entry.module), entry.attribute) for entry in found}
+    for i, entry in enumerate(list(found)):
+        for other in names_of(entry):
+            if (id(other.module), other.attribute) not in there:
+                there.add((id(other.module), other.attribute))
+                found.append(other._replace(like=i))
+    return found
+
+
+def _found(path: str, module: nn.Module, attribute: str, dims: Dims | None = None) -> Found:
+    return Found(f"{path}.{attribute}" if path else attribute, module, attribute, dims)
+
+
+def _included(model: nn.Module, included: _Choice, known: list[Found], others: list[Found]) -> list[Found]:
+    """What patterns take: known weights, and of those that match none, any parameters of two dims or more.
+
+    A type takes the known weights of its modules, and all parameters of two dims or more of other modules.
+    """
+    hits = {id(entry): included.match(entry) for entry in known}
+    with_known = {id(entry.module) for entry in known}
+    further = [i for i in range(len(included.patterns)) if i not in included.matched]
+    types = [i for i, pattern in enumerate(included.patterns) if isinstance(pattern, type)]
+    for entry in others:
+        only = further if id(entry.module) in with_known else sorted({*further, *types})
+        hits[id(entry)] = included.match(entry, only)
+    included.check_all_matched(model, known)
+    order = {id(module): i for i, (_, module) in enumerate(named_modules(model))}
+    taken = [entry for entry in (*known, *others) if hits[id(entry)] is not None]
+    taken.sort(key=lambda entry: order[id(entry.module)])
+    return [entry._replace(dims=included.dims.get(hits[id(entry)], entry.dims)) for entry in taken]  # type: ignore[arg-type]
+
+
+def _nothing_found(model: nn.Module, others: list[Found]) -> str:
+    kinds = Counter(type(entry.module).__name__ for entry in others)
+    said = f"{type(model).__name__} has no weights of the types that are taken by themselves ({KNOWN})"
+    if not kinds:
+        return f"{said}, and no other parameters of two dims or more: there is nothing to prune"
+    there = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5))
+    more = f" and {len(kinds) - 5} more types" if len(kinds) > 5 else ""
+    entry = others[0]
+    return (
+        f"{said}, but parameters of two dims or more in {there}{more}: include them by type or by name, as "
+        f"in include={type(entry.module).__name__} or include={entry.name!r}"
+    )

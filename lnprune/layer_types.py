@@ -1,0 +1,123 @@
+"""What is known of types of modules: their weights, the dims of channels, what others do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+__all__ = ["KNOWN", "BiasPart", "Dims", "bias_part", "known_weights", "uncalled_children", "wrapped_child"]
+
+
+class Dims(NamedTuple):
+    """The dims of a weight whose channels are the module's outputs, and its inputs."""
+
+    out: int
+    into: int
+
+
+_ROWS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_COLUMNS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding)
+# Of nn.MultiheadAttention: all three in one, or, where keys and values have sizes of their own, apart.
+_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+# Types of other packages, by the names of their classes, so that nothing is imported.
+_OTHERS = {
+    "transformers.pytorch_utils.Conv1D": Dims(1, 0),
+    "transformers.modeling_utils.Conv1D": Dims(1, 0),
+}
+# For messages.
+KNOWN = "Linear, convolutions, Embedding, MultiheadAttention and transformers' Conv1D"
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    for kind in type(module).__mro__:
+        yield f"{kind.__module__}.{kind.__qualname__}"
+
+
+def known_weights(module: nn.Module) -> dict[str, Dims]:
+    """The attributes of a module that are weights, where its type is known, each with its dims."""
+    if isinstance(module, _ROWS):
+        return {"weight": Dims(0, 1)}
+    if isinstance(module, _COLUMNS):
+        return {"weight": Dims(1, 0)}
+    if isinstance(module, nn.MultiheadAttention):
+        apart = not getattr(module, "_qkv_same_embed_dim", True)
+        return dict.fromkeys(_PROJECTIONS if apart else ("in_proj_weight",), Dims(0, 1))
+    for name in _names(module):
+        if name in _OTHERS:
+            return {"weight": _OTHERS[name]}
+    return {}
+
+
+class BiasPart(NamedTuple):
+    """The bias of a weight: its attribute, and which of so many equal parts of it is the weight's."""
+
+    attribute: str
+    part: int = 0
+    parts: int = 1
+    repeats: int = 1  # a flag of a channel stands for so many values of the bias, one part after another
+
+
+def bias_part(module: nn.Module, attribute: str) -> BiasPart:
+    """Where the bias of a weight's output channels is, if the module has it."""
+    if isinstance(module, nn.MultiheadAttention):
+        if attribute in _PROJECTIONS:
+            return BiasPart("in_proj_bias", _PROJECTIONS.index(attribute), len(_PROJECTIONS))
+        return BiasPart("in_proj_bias")
+    # A transposed convolution has a bias for each channel of each group.
+    repeats = module.groups if isinstance(module, _ConvTransposeNd) else 1
+    return BiasPart("bias", repeats=repeats)
+
+
+# Modules that hand weights of their children to functions, by the class whose forward does. The children
+# are never called, so that no hook of theirs runs.
+_UNCALLED = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("qkv", "proj"),
+}
+
+
+def uncalled_children(module: nn.Module) -> list[nn.Module]:
+    """The children whose forward hooks never run, since the module reads their weights itself."""
+    if "forward" in vars(module):
+        return []
+    kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    names = _UNCALLED.get(f"{kind.__module__}.{kind.__qualname__}", ())
+    return [child for name in names if (child := module._modules.get(name)) is not None]
+
+
+def is_uncalled_type(module: nn.Module) -> bool:
+    """Whether torch makes such modules for :class:`torch.nn.MultiheadAttention` alone."""
+    return type(module) is NonDynamicallyQuantizableLinear
+
+
+# Wrappers: the name of the wrapped child where no other module has such a one, or the wrapper's type, whose
+# child is called `module`.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = (
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "torch.optim.swa_utils.AveragedModel",
+)
+
+
+def wrapped_child(module: nn.Module) -> nn.Module | None:
+    """The module that this one is only a wrapper of: compiled, parallel, averaged."""
+    for name in _WRAPPED:
+        if (child := module._modules.get(name)) is not None:
+            return child
+    if "module" in module._modules and any(name in _WRAPPERS for name in _names(module)):
+        return module._modules["module"]
+    return None
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPED]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    return ".".join(parts)
