@@ -109,7 +109,8 @@ def prune_in_place(
         if other is not request and keep is not None and other.keep is not None:
             # A bias that modules share is pruned by each of them.
             other.keep = other.keep & keep
-    install(transaction, with_masks, n)
+    with masks.outside_inference_mode():
+        install(transaction, with_masks, n)
     places = [target[:3] for target in with_masks]
     pairs = unmask(transaction, places, keep_values)
     made = masks.products(pairs)

@@ -5,6 +5,7 @@ The one place that groups weights by device and asks: native, or plain torch?
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from typing import Any, Union
@@ -31,6 +32,7 @@ __all__ = [
     "masked",
     "multiplies_in_place",
     "multiply_",
+    "outside_inference_mode",
     "products",
     "pruned_count",
     "write_masks",
@@ -395,6 +397,11 @@ def write_zeros(
             ops.zero_channels_(tensors, _flags(rows), dims)
 
 
+def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what is made can be written later, also in a call inside ``torch.inference_mode()``."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
 def multiplies_in_place(original: Tensor) -> bool:
     """Whether torch multiplies the tensor in place; others are given new values."""
     return (
@@ -423,10 +430,11 @@ def check_own_values(tensor: Tensor, name: str) -> None:
 def products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
     """Originals that are not multiplied in place, each with its masked values, by identity."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for original, mask in pairs:
-        if not multiplies_in_place(original):
-            _, values = found.get(id(original), (original, original.detach()))
-            found[id(original)] = original, mask.to(original.dtype) * values
+    with outside_inference_mode():
+        for original, mask in pairs:
+            if not multiplies_in_place(original):
+                _, values = found.get(id(original), (original, original.detach()))
+                found[id(original)] = original, mask.to(original.dtype) * values
     return found
 
 

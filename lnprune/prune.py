@@ -12,7 +12,9 @@ from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune import masks, norms
 from lnprune.application import Target, install
+from lnprune.finding import parameter_of
 from lnprune.masks import Amount
+from lnprune.registration import check_not_in_inference_mode
 from lnprune.transaction import Snapshot, Transaction
 
 __all__ = ["LnStructured", "Order", "apply", "channel_mask", "channel_norms", "ln_structured"]
@@ -151,6 +153,7 @@ class LnStructured(StockLnStructured):
         if cls is LnStructured:
             return apply(module, name, amount, n, dim, importance_scores)
         snapshot = Snapshot(module)
+        check_not_in_inference_mode(parameter_of(module, name))
         try:
             return super().apply(module, name, amount, n, dim, importance_scores)
         except BaseException:

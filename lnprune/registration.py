@@ -11,11 +11,21 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
+from lnprune.finding import parameter_of
 from lnprune.masks import Request, masked
 from lnprune.parameters import check_not_parametrized
 from lnprune.transaction import bits
 
-__all__ = ["ParameterState", "Pruning", "unregister"]
+__all__ = ["ParameterState", "Pruning", "check_not_in_inference_mode", "unregister"]
+
+
+def check_not_in_inference_mode(parameter: Tensor | None) -> None:
+    """Refuses a mask that would be an inference tensor, on a parameter that is none."""
+    if torch.is_inference_mode_enabled() and parameter is not None and not parameter.is_inference():
+        raise RuntimeError(
+            "inside torch.inference_mode() a mask would be an inference tensor, which no training takes: "
+            "prune outside of it, or inside torch.no_grad()"
+        )
 
 
 def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None:
@@ -85,6 +95,8 @@ class Pruning(Request):
     ):
         """The first half of ``BasePruningMethod.apply``: its steps, and so its errors, in its order."""
         self.module, self.attribute = module, attribute
+        if torch.is_inference_mode_enabled():
+            check_not_in_inference_mode(parameter_of(module, attribute))
         old = _detach_hook(module, attribute)
         if keep is None:
             new: Any = StockLnStructured(amount, n, dim)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from module_state import DEVICES, assert_same_state, bits, kept_channels, twins
+from module_state import DEVICES, ModelSnapshot, assert_same_state, bits, kept_channels, twins
 from torch import nn
 from torch.nn.utils import prune as stock
 
@@ -335,6 +335,66 @@ def test_without_gradients(device, make):
     with torch.inference_mode():
         actual, _ = assert_equals_loop(lambda: make(device), *ROUNDS[:2])
         assert actual[0].weight.is_inference()
+
+
+class Own(lnprune.LnStructured):
+    """A user's own method."""
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_masks_are_refused_inside_inference_mode(device, masked):
+    """They would be inference tensors, and training would raise."""
+    model = nn.Sequential(nn.Linear(6, 4, device=device), nn.Linear(4, 4, device=device))
+    if masked:
+        lnprune.local_structured(model, 1, 2, "out")
+    plan = lnprune.rank(model, 2, "out").select(1)
+    snapshot = ModelSnapshot(model)
+
+    def patched():
+        with lnprune.patch():
+            stock.ln_structured(model[0], "weight", 1, 2, 0)
+
+    calls = [
+        lambda: lnprune.ln_structured(model[0], "weight", 1, 2, 0),
+        lambda: lnprune.LnStructured.apply(model[0], "weight", 1, 2, 0),
+        lambda: Own.apply(model[0], "weight", 1, 2, 0),
+        patched,
+        lambda: lnprune.local_structured(model, 1, 2, "out"),
+        lambda: lnprune.global_structured(model, 1, 2, "out"),
+        lambda: plan.apply(),
+        lambda: plan.apply(bias=True),
+    ]
+    for call in calls:
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch\.inference_mode\(\)"):
+            call()
+        snapshot.assert_unchanged()
+    with torch.inference_mode():  # ranks as outside
+        plan = lnprune.rank(model, 2, "out").select(1)
+    plan.apply(bias=True)
+    for _ in range(2):
+        model(torch.randn(3, 6, device=device)).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_pruned_for_good_inside_inference_mode_can_be_written_later(device, masked, dtype):
+    model = nn.Sequential(nn.Linear(6, 4, device=device), nn.Linear(4, 4, device=device))
+    model[0].weight = nn.Parameter(torch.randn(4, 6, device=device).to(dtype), requires_grad=False)
+    for prune_in_place in (
+        lambda: lnprune.local_structured(model, 1, 2, "out", permanent=True),
+        lambda: lnprune.rank(model, 2, "out").select(1).apply(permanent=True),
+        lambda: lnprune.remove_all(model),
+    ):
+        if masked:
+            lnprune.local_structured(model, 1, 2, "out")
+        with torch.inference_mode():
+            prune_in_place()
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+        assert not lnprune.is_pruned(model)
+        with torch.no_grad():
+            model[1].weight += 1
+            model[0].weight.copy_(model[0].weight.clone())
+        torch.nn.init.normal_(model[1].weight)
 
 
 @pytest.mark.parametrize("make", list(SIZES.values()), ids=list(SIZES))
