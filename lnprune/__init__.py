@@ -24,6 +24,7 @@ from torch.nn.utils.prune import (
 )
 
 from lnprune import ops, reference
+from lnprune.masked_models import load_masked, renew_masked
 from lnprune.model import global_structured, local_structured, remove_all
 from lnprune.patching import patch
 from lnprune.plan import Plan, PlanEntry, load_plan
@@ -54,6 +55,7 @@ __all__ = [
     "is_pruned",
     "l1_unstructured",
     "ln_structured",
+    "load_masked",
     "load_plan",
     "local_structured",
     "ops",
@@ -65,4 +67,5 @@ __all__ = [
     "reference_ranking",
     "remove",
     "remove_all",
+    "renew_masked",
 ]

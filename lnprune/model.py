@@ -34,9 +34,10 @@ def local_structured(
 ) -> None:
     """Prunes many parameters, each as :func:`ln_structured` does, in one native call for each device.
 
-    What a loop of :func:`ln_structured` leaves, bit for bit, repeated pruning included, but that modules
-    which share a weight also share its mask. All parameters or, where one raises, none. On a GPU nothing
-    is waited for, but to compare an int amount with the channels that earlier pruning left.
+    What a loop of :func:`ln_structured` leaves, bit for bit, repeated pruning included (which ranks what
+    the last forward left: :func:`renew_masked` renews it), but that modules which share a weight also share
+    its mask. All parameters or, where one raises, none. On a GPU nothing is waited for, but to compare an
+    int amount with the channels that earlier pruning left.
 
     Args:
         parameters: pairs ``(module, name)``, or a module; as for :func:`rank`.

@@ -45,7 +45,9 @@ def ln_structured(
     the parameter moves to ``name + "_orig"``, the buffer ``name + "_mask"`` holds ones and zeros of the
     parameter's shape and dtype, the attribute ``name`` is their product with gradient flowing to
     ``name + "_orig"``, and a ``torch.nn.utils.prune.LnStructured`` hook renews it before every forward.
-    Called again, it prunes among the channels whose mask is not all zero yet.
+    Called again, it prunes among the channels whose mask is not all zero yet, and ranks, as torch does, the
+    attribute ``name`` as the last forward left it: after ``load_state_dict`` or an optimizer's step,
+    :func:`renew_masked` or a forward renews it. :func:`rank` measures the values of now.
 
     Norms are summed in float64 for every dtype. NaN ranks highest, then the larger norm, then the lower
     index; :func:`reference_ranking` ranks as torch does instead.

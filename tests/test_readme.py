@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
@@ -72,6 +73,42 @@ def test_code_of_the_docs_runs(page, tmp_path, monkeypatch):
         said = re.findall(r"^(lnprune\.rank\(.+\))  # ((?:[\w.]+, )*[\w.]+)", block, re.MULTILINE)
         for call, expected in said:
             assert ", ".join(eval(call, names).names) == expected
+    if page.name == "training.md":
+        check_training(names)
+
+
+def check_training(names):
+    """The zeros came through all of it, and the export computes the same."""
+    model = names["model"]
+    kept = [int(layer.weight.ne(0).any(dim=1).sum()) for layer in (model[0], model[2], model[4])]
+    assert kept[0] % 8 == kept[1] % 8 == 0
+    assert sum(kept[:2]) == 64  # 0.3 of 128 and of what was left, to multiples of 8
+    assert kept[2] == 4
+    for layer in (model[0], model[2]):
+        assert torch.equal(layer.bias != 0, layer.weight.ne(0).any(dim=1))
+    state, _ = torch.load("checkpoint.pt")
+    assert any(key.endswith("weight_mask") for key in state)
+    exported = torch.export.load("model.pt2").module()
+    torch.testing.assert_close(exported(*names["inputs"]), model(*names["inputs"]))
+    lines = "".join(code_of(ROOT / "docs" / "training.md")).splitlines()
+    assert len([line for line in lines if line]) <= 40
+
+
+def test_what_resumed_trains_as_what_was_saved(tmp_path, monkeypatch):
+    """The page up to there, and then both on the same inputs."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = code_of(ROOT / "docs" / "training.md")
+    for block in blocks[:2]:
+        exec(block, names)
+    saved = names["model"], names["optimizer"]
+    exec(blocks[2], names)
+    resumed = names["model"], names["optimizer"]
+    for model, optimizer in (saved, resumed):
+        torch.manual_seed(0)
+        names["train"](model, optimizer, 5)
+    for (name, left), (_, right) in zip(*(m.named_parameters() for m, _ in (saved, resumed)), strict=True):
+        assert torch.equal(left, right), name
 
 
 def test_each_block_of_the_readme_has_a_check():
