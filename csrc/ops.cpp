@@ -21,9 +21,14 @@ void run_tasks(int64_t tasks, int64_t grain, cpu::Body body, void* context) {
 struct CpuBackend {
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
-  static void run(int32_t, const Steps& steps) {
-    cpu::run(steps, {torch::stable::get_num_threads(), run_tasks});
-  }
+  class Call {
+   public:
+    Call(int32_t, const Steps& steps) : steps_(&steps) {}
+    void run() { cpu::run(*steps_, {torch::stable::get_num_threads(), run_tasks}); }
+
+   private:
+    const Steps* steps_;
+  };
 
   class Scratch {
    public:

@@ -3,7 +3,7 @@
 // Every op takes lists; one tensor is a list of one. None is differentiable and none returns an
 // alias; those whose names end in an underscore write their tensors in place. A backend has
 //   device_type()                           of its tensors, as aoti_torch_device_type_*()
-//   run(int32_t device, const Steps&)       runs the steps on one device
+//   Call(int32_t device, const Steps&)      takes the memory that the steps need there; run()
 //   Scratch(int32_t device, size_t bytes)   memory of one call there; data()
 //   prepare_output(void*, size_t)           called before the first write to a large output
 //   first_unwritable(blocks, count)         the place of one that cannot be written, or `count`
@@ -51,6 +51,18 @@ void define_ops(Library& library) {
   library.def(
       "prune_channels_(Tensor[] scores, Tensor(a!)[] weights, int[] dims, float p, int[] counts,"
       " float[] fractions) -> ()");
+}
+
+using StepsByDevice = std::map<int32_t, Steps>;
+
+// Runs the steps of all devices. Memory is taken on all of them before the first one writes: where
+// there is none, no tensor has changed.
+template <class Call>
+void run_calls(const StepsByDevice& steps) {
+  std::vector<Call> calls;
+  calls.reserve(steps.size());
+  for (const auto& [device, here] : steps) calls.emplace_back(device, here);
+  for (Call& call : calls) call.run();
 }
 
 template <class Backend>
@@ -167,8 +179,6 @@ class Ops {
 
  private:
   using ScalarType = torch::headeronly::ScalarType;
-  using StepsByDevice = std::map<int32_t, Steps>;
-
   // One number per channel: the norms, or the sums before the root.
   static Tensors ranked(const Tensors& tensors, const std::vector<int64_t>& dims, double p,
                         bool rooted) {
@@ -322,9 +332,7 @@ class Ops {
     return flags;
   }
 
-  static void run(const StepsByDevice& steps) {
-    for (const auto& [device, here] : steps) Backend::run(device, here);
-  }
+  static void run(const StepsByDevice& steps) { run_calls<typename Backend::Call>(steps); }
 
   static ElementType element_type(const Tensor& tensor) {
     switch (tensor.scalar_type()) {

@@ -113,9 +113,7 @@ def prune_in_place(
         install(transaction, with_masks, n)
     places = [target[:3] for target in with_masks]
     pairs = unmask(transaction, places, keep_values)
-    made = masks.products(pairs)
-    masks.write_zeros(list(requests.values()), n, transaction, keep_values)
-    masks.multiply_(pairs, made)
+    masks.write_in_place(list(requests.values()), pairs, n, transaction, keep_values)
 
 
 class Application:

@@ -31,12 +31,10 @@ __all__ = [
     "keep_flags",
     "masked",
     "multiplies_in_place",
-    "multiply_",
     "outside_inference_mode",
-    "products",
     "pruned_count",
+    "write_in_place",
     "write_masks",
-    "write_zeros",
 ]
 
 Amount = Union[int, float]
@@ -345,14 +343,62 @@ def _may_overlap(tensor: Tensor) -> bool:
     return False
 
 
-def write_zeros(
-    requests: Sequence[Request], n: Any, transaction: Transaction, keep_values: bool = False
+def write_in_place(
+    requests: Sequence[Request],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    n: Any,
+    transaction: Transaction,
+    keep_values: bool = False,
 ) -> None:
-    """Writes +0.0 in place, to the pruned channels of writable originals, after all checks.
+    """Writes +0.0 to the pruned channels of writable originals, and the products of originals and masks.
 
-    What plain torch writes is noted first, since it may raise between two tensors; with ``keep_values`` so
-    is what the flags of the others prune.
+    Everything is checked, chosen, converted and made before the first write. Of several writes all but the
+    last are noted too: the transaction takes them back where a later one fails. With ``keep_values`` the
+    last one is noted as well, but for ``pairs``, whose values the caller notes.
     """
+    p = None if reference.ranks_like_torch() else native_order(n)
+    native, plain = _checked(requests, n, p)
+    made = _products(pairs)
+    rounds = _rounds(pairs, made)
+    lists = [[row for row in native if row.original.is_cpu is on_cpu] for on_cpu in (True, False)]
+    lists = [rows for rows in lists if rows]
+    writes = len(lists) + len(rounds)
+    is_one_call = writes == 1 and not keep_values and all(row.keep is None for row in native)
+    zeros = []
+    for rows in () if is_one_call else lists:
+        _choose([row for row in rows if row.keep is None], p)
+        on_devices = list(_by_device(rows).values())
+        flags = [keep for group in on_devices for keep in _flags(group)]
+        ordered = [row for group in on_devices for row in group]
+        zeros.append(([row.original for row in ordered], flags, [row.dim for row in ordered]))
+        writes -= 1
+        if writes > 0 or keep_values:
+            for row in rows:
+                _note(row, transaction)
+    for round_ in rounds[:-1] if not keep_values else ():
+        transaction.values.extend(Values(original, 0) for original, _ in round_)
+    noted = [_note(row, transaction) for row in plain]
+    if not keep_values:
+        transaction.values.extend(Values(original, 0, copied=False) for original, _ in made.values())
+
+    for values in noted:
+        values.write(torch.zeros_like(values.saved))
+    for original, product in made.values():
+        original.data = product
+    if is_one_call and native:
+        counts = [row.count for row in native]
+        scores, tensors = [row.scores for row in native], [row.original for row in native]
+        dims = [row.dim for row in native]
+        ops.prune_channels_(scores, tensors, dims, p, counts, [0.0] * len(native))  # type: ignore[arg-type]
+    for tensors, flags, dims in zeros:
+        ops.zero_channels_(tensors, flags, dims)
+    with torch.no_grad():
+        for round_ in rounds:
+            torch._foreach_mul_(*map(list, zip(*round_, strict=True)))
+
+
+def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list[Request], list[Request]]:
+    """The requests that native code writes, and the others, each with flags or with a count to rank by."""
     read_only = _first_read_only([request.original for request in requests])
     for request in requests if read_only is not None else ():
         if request.original is read_only:
@@ -360,13 +406,13 @@ def write_zeros(
                 f"{request.name}: expected memory that can be written, to prune in place, got a read-only "
                 "mapping"
             )
-    p = None if reference.ranks_like_torch() else native_order(n)
-    groups: dict[tuple[int, bool], list[Request]] = {}
-    plain: list[Values] = []
+    native: list[Request] = []
+    plain: list[Request] = []
     checked = None  # the amount before; most often all have the same
     for request in requests:
         tensor, scores = request.original, request.scores
-        native = ops.is_native(tensor) and _keeps_strides(tensor)
+        is_native = ops.is_native(tensor) and _keeps_strides(tensor)
+        (native if is_native else plain).append(request)
         if request.keep is None:
             try:
                 if request.amount is not checked:
@@ -374,27 +420,37 @@ def write_zeros(
                     checked = request.amount
                 request.count = pruned_count(scores, request.amount, request.dim)
                 together = scores is tensor or ops.are_native(scores, tensor)
-                if not native or p is None or not together:
+                if not is_native or p is None or not together:
                     request.keep = keep_flags(scores, n, request.dim, request.count)
             except NAMED_ERRORS as error:
                 add_name(error, request.name)
                 raise
-        if native:
-            groups.setdefault((tensor.get_device(), request.keep is None), []).append(request)
-        if request.keep is not None and (keep_values or not native):
-            pruned = (~request.keep).nonzero().flatten().to(tensor.device)
-            transaction.values.append(Values(tensor, request.dim, pruned))
-            if not native:
-                plain.append(transaction.values[-1])
-    for values in plain:
-        values.write(torch.zeros_like(values.saved))
-    for (_, ranked), rows in groups.items():
-        tensors, dims = [row.original for row in rows], [row.dim for row in rows]
-        if ranked:
-            counts = [row.count for row in rows]
-            ops.prune_channels_([row.scores for row in rows], tensors, dims, p, counts, [0.0] * len(rows))  # type: ignore[arg-type]
-        else:
-            ops.zero_channels_(tensors, _flags(rows), dims)
+    return native, plain
+
+
+def _by_device(rows: Sequence[Request]) -> dict[torch.device, list[Request]]:
+    groups: dict[torch.device, list[Request]] = {}
+    for row in rows:
+        groups.setdefault(row.original.device, []).append(row)
+    return groups
+
+
+def _choose(rows: Sequence[Request], p: float | None) -> None:
+    """Rank and select: gives native requests their flags."""
+    if rows:
+        norms = ops.channel_norms([row.scores for row in rows], [row.dim for row in rows], p)  # type: ignore[arg-type]
+        flags = ops.select_channels(norms, [], [row.count for row in rows], [0.0] * len(rows))
+        for row, keep in zip(rows, flags, strict=True):
+            row.keep = keep
+
+
+def _note(row: Request, transaction: Transaction) -> Values:
+    """Notes what the request overwrites."""
+    assert row.keep is not None
+    pruned = (~row.keep).nonzero().flatten().to(row.original.device)
+    values = Values(row.original, row.dim, pruned)
+    transaction.values.append(values)
+    return values
 
 
 def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
@@ -427,7 +483,7 @@ def check_own_values(tensor: Tensor, name: str) -> None:
         )
 
 
-def products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
     """Originals that are not multiplied in place, each with its masked values, by identity."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     with outside_inference_mode():
@@ -438,14 +494,15 @@ def products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, 
     return found
 
 
-def multiply_(pairs: Sequence[tuple[Tensor, Tensor]], made: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Multiplies originals by their masks for good; ``made`` is what :func:`products` made of the pairs."""
+def _rounds(
+    pairs: Sequence[tuple[Tensor, Tensor]], made: dict[int, tuple[Tensor, Tensor]]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """The other pairs, masks converted, in rounds that have each original once: a write for each round."""
     left = [(original, mask.to(original.dtype)) for original, mask in pairs if id(original) not in made]
-    with torch.no_grad():
-        while left:
-            # A weight that modules share is multiplied by one of its masks at a time.
-            now = {id(original): (original, mask) for original, mask in reversed(left)}
-            left = [pair for pair in left if now[id(pair[0])][1] is not pair[1]]
-            torch._foreach_mul_(*map(list, zip(*now.values(), strict=True)))
-        for original, product in made.values():
-            original.data = product
+    rounds = []
+    while left:
+        # A weight that modules share is multiplied by one of its masks at a time.
+        now = {id(original): (original, mask) for original, mask in reversed(left)}
+        left = [pair for pair in left if now[id(pair[0])][1] is not pair[1]]
+        rounds.append(list(now.values()))
+    return rounds

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from lnprune.application import Target, install, prune_in_place, unmask
-from lnprune.masks import Amount, multiply_, products
+from lnprune.masks import Amount, write_in_place
 from lnprune.messages import check_flags
 from lnprune.parameters import Parameters, Patterns, collect, per_weight
 from lnprune.plan import Plan
@@ -160,5 +160,5 @@ def remove_all(model: nn.Module) -> nn.Module:
     ]
     with Transaction() as transaction:
         pairs = unmask(transaction, places)
-        multiply_(pairs, products(pairs))
+        write_in_place([], pairs, None, transaction)
     return model

@@ -72,7 +72,7 @@ class Transaction:
         if kind is not None:
             for snapshot in self._snapshots.values():
                 snapshot.restore()
-            for values in self.values:
+            for values in reversed(self.values):
                 values.restore()
 
 

@@ -76,7 +76,16 @@ def large(device="cpu"):
     return model
 
 
-MODELS = {"fresh": fresh, "pruned": pruned, "mixed": mixed, "large": large}
+def shared(device="cpu"):
+    """Two masks of one weight, which are multiplied into it one after the other."""
+    model = nn.ModuleList([nn.Linear(6, 8, device=device) for _ in range(3)])
+    model[2].weight = model[1].weight
+    lnprune.ln_structured(model[1], "weight", 2, 2, 0)
+    lnprune.ln_structured(model[2], "weight", 2, 2, 1)
+    return model
+
+
+MODELS = {"fresh": fresh, "pruned": pruned, "mixed": mixed, "large": large, "shared": shared}
 
 
 def pairs_of(model):
@@ -233,48 +242,73 @@ class FailingOperation(TorchDispatchMode):
 
     error = MemoryError
 
-    def __init__(self, k, early, until=()):
+    def __init__(self, k, early):
         super().__init__()
-        self.left, self.early, self.until = k, early, until
-        self.reached = self.over = False
+        self.left, self.early = k, early
 
     @classmethod
     def _should_skip_dynamo(cls):
         return False  # else the first operation imports torch's compiler
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in self.until:
-            self.over = True
-        self.left -= not self.over
-        now = self.left == -1 and not self.over
-        self.reached |= now
-        if now:
-            self.left -= 1
-            if self.early:
-                raise self.error("on purpose")
+        self.left -= 1
+        now = self.left == -1
+        if now and self.early:
+            raise self.error("on purpose")
         result = function(*args, **(kwargs or {}))
         if now:
             raise self.error("on purpose")
         return result
 
 
+class Recording(TorchDispatchMode):
+    """Notes the operations of torch, native ones of lnprune included."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("prepared", [name for name in CALLS if "global" not in name], indirect=True)
 def test_every_operation_of_torch(prepared, make, device):
-    """Where values change without a backup, up to the first of the operations that change them."""
+    """Each fails before it does anything, and when it has done all.
+
+    But for one: where values change without a backup, nothing can fail when the last write is done, since
+    it is the last operation of all.
+    """
+    _, call = prepared(make)
+    with Recording() as record:
+        call()
+    count = whole = len(record.operations)
     backup = "backup" in prepared.name or prepared.name == "undo permanent"
-    until = () if backup or prepared.name not in CHANGES_VALUES else values_change()
+    changes = prepared.name in CHANGES_VALUES and not backup
+    if changes and count > 0 and record.operations[-1] in last_writes():
+        count -= 1
+    elif changes:
+        assert not set(record.operations) & set(last_writes())
     for early in (True, False):
         model, call = prepared(make)
-        least = 0 if prepared.name in ("undo", "remove_all") else 2
-        fail_at_every(lambda k, early=early: FailingOperation(k, early, until), model, call, least)
+        for k in range(whole if early else count):
+            snapshot = ModelSnapshot(model)
+            with pytest.raises(MemoryError, match="on purpose"), FailingOperation(k, early):
+                call()
+            snapshot.assert_unchanged()
+    assert whole >= (0 if prepared.name in ("undo", "remove_all") else 2)
 
 
-def values_change():
+def last_writes():
     return (
         torch.ops.lnprune.prune_channels_.default,
         torch.ops.lnprune.zero_channels_.default,
         torch.ops.aten._foreach_mul_.List,
-        torch.ops.aten.index_fill_.int_Scalar,
     )
 
 

@@ -1190,3 +1190,14 @@ def test_one_launch_zeroes_all_tensors_whose_elements_are_of_a_size(module):
         arguments = tensors[:count], keeps[:count], dims[:count]
         found = traffic(module, lambda arguments=arguments: OPS.zero_channels_(*arguments))
         assert found["launches"] == expected, count
+
+
+# --- Several devices ------------------------------------------------------------------------------------
+
+
+def test_memory_is_taken_on_all_devices_before_one_of_them_writes(module):
+    assert module.calls_on(3, -1) == ["takes 0", "takes 1", "takes 2", "runs 0", "runs 1", "runs 2"]
+    for full in range(3):
+        taken = [f"takes {device}" for device in range(full + 1)]
+        assert module.calls_on(3, full) == [*taken, "fails"]
+    assert module.calls_on(0, -1) == []

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "../ops.h"
@@ -86,40 +87,58 @@ struct CudaBackend {
     Tensor bytes_;
   };
 
-  static void run(int32_t device, const Steps& steps) {
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    void* current = nullptr;
-    LNPRUNE_CHECK_CODE(aoti_torch_get_current_cuda_stream(device, &current));
-    const cudaStream_t stream = static_cast<cudaStream_t>(current);
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
-
-    cuda::Launches launches(steps);
-    const size_t ticket_bytes = launches.tickets() * sizeof(unsigned);
-    if (capture != cudaStreamCaptureStatusNone) {
-      // A graph is replayed beside other calls, on any stream: its tickets are its own.
-      Scratch memory(device, launches.bytes() + ticket_bytes);
-      auto* tickets =
-          reinterpret_cast<unsigned*>(static_cast<char*>(memory.data()) + launches.bytes());
-      if (ticket_bytes > 0) {
-        check(cudaMemsetAsync(tickets, 0, ticket_bytes, stream), "cudaMemsetAsync");
+  // What is enqueued on the current stream of one device.
+  class Call {
+   public:
+    Call(int32_t device, const Steps& steps)
+        : device_(device), launches_(steps), memory_(device, launches_.bytes()) {
+      const torch::stable::accelerator::DeviceGuard guard(device);
+      void* current = nullptr;
+      LNPRUNE_CHECK_CODE(aoti_torch_get_current_cuda_stream(device, &current));
+      stream_ = static_cast<cudaStream_t>(current);
+      cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+      check(cudaStreamIsCapturing(stream_, &capture), "cudaStreamIsCapturing");
+      if (launches_.tickets() == 0) return;
+      if (capture != cudaStreamCaptureStatusNone) {
+        // A graph is replayed beside other calls, on any stream: its tickets are its own.
+        graph_tickets_.emplace(device, launches_.tickets() * sizeof(unsigned));
+        return;
       }
-      check(launches.run(memory.data(), tickets, stream), "a launch");
-      return;
+      stream_tickets_ = &tickets_of(device, stream_);
+      const std::lock_guard<std::mutex> lock(stream_tickets_->mutex);
+      check(provide(*stream_tickets_, launches_.tickets(), stream_), "memory for tickets");
     }
-    Scratch memory(device, launches.bytes());
-    if (ticket_bytes == 0) {
-      check(launches.run(memory.data(), nullptr, stream), "a launch");
-      return;
+
+    void run() {
+      const torch::stable::accelerator::DeviceGuard guard(device_);
+      if (stream_tickets_ == nullptr) {
+        unsigned* tickets = nullptr;
+        if (graph_tickets_) {
+          tickets = static_cast<unsigned*>(graph_tickets_->data());
+          const size_t bytes = launches_.tickets() * sizeof(unsigned);
+          check(cudaMemsetAsync(tickets, 0, bytes, stream_), "cudaMemsetAsync");
+        }
+        check(launches_.run(memory_.data(), tickets, stream_), "a launch");
+        return;
+      }
+      StreamTickets& tickets = *stream_tickets_;
+      const std::lock_guard<std::mutex> lock(tickets.mutex);
+      // They are there, unless a call of another thread failed meanwhile.
+      check(provide(tickets, launches_.tickets(), stream_), "memory for tickets");
+      const cudaError_t error = launches_.run(memory_.data(), tickets.memory, stream_);
+      // Of launches of which some did not run, tickets may stay drawn.
+      if (error != cudaSuccess) tickets.count = 0;
+      check(error, "a launch");
     }
-    StreamTickets& tickets = tickets_of(device, stream);
-    const std::lock_guard<std::mutex> lock(tickets.mutex);
-    check(provide(tickets, launches.tickets(), stream), "memory for tickets");
-    const cudaError_t error = launches.run(memory.data(), tickets.memory, stream);
-    // Of launches of which some did not run, tickets may stay drawn.
-    if (error != cudaSuccess) tickets.count = 0;
-    check(error, "a launch");
-  }
+
+   private:
+    int32_t device_;
+    cuda::Launches launches_;
+    Scratch memory_;
+    cudaStream_t stream_ = nullptr;
+    std::optional<Scratch> graph_tickets_;     // of a call that is recorded
+    StreamTickets* stream_tickets_ = nullptr;  // of any other that needs some
+  };
 
   static void prepare_output(void*, size_t) {}
   static size_t first_unwritable(void* const*, size_t count) { return count; }
