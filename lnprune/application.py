@@ -279,7 +279,7 @@ def _bias_flags(target: Target) -> Tensor | None:
     name, module, keep = target.name, target.module, target.keep
     assert keep is not None
     place = bias_part(module, target.attribute)
-    if parameter_of(module, place.attribute) is None:
+    if place.attribute == target.attribute or parameter_of(module, place.attribute) is None:
         return None
     bias = current_tensor(module, place.attribute, name)
     dims = known_weights(module).get(target.attribute)

@@ -265,6 +265,7 @@ def _plain_mask(request: Request, n: Any) -> Tensor:
         # Before the checks, as in torch: what cannot have a mask of ones fails here.
         ones = torch.ones_like(original, requires_grad=False)
         return compute_mask(StockLnStructured(amount, n, dim), scores, ones)
+    reference.check_slices(scores, n, dim)  # which a container of the user's would not
     if container is None:
         container = stock.PruningContainer(_LnStructured(amount, n, dim))
     default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)

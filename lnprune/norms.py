@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import prune as stock
 
 from lnprune import ops, reference
 from lnprune.messages import NAMED_ERRORS, add_name
@@ -100,6 +99,6 @@ def zero_norms_are_zeros(dtype: torch.dtype, n: Any) -> bool:
 def check_order(scores: Tensor, n: Any, dim: int) -> None:
     """Raises what the norm would raise, for calls that prune nothing and so need no norm."""
     if reference.ranks_like_torch():
-        stock._compute_norm(scores.detach(), n, dim)
+        reference.torch_norms(scores, n, dim)
     elif native_order(n) is None or not ops.is_native(scores):
         reference.channel_norms(scores, n, dim)

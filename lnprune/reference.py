@@ -20,11 +20,13 @@ from torch.nn.utils import prune as stock
 __all__ = [
     "channel_norms",
     "channel_sums",
+    "check_slices",
     "keep_channels",
     "norms_of_sums",
     "other_dims",
     "reference_ranking",
     "torch_keep_channels",
+    "torch_norms",
     "write_mask",
 ]
 
@@ -50,10 +52,25 @@ def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
     """
     if isinstance(n, str) and n == "fro":
         n = 2.0
+    check_slices(tensor, n, dim)
     if isinstance(n, str) and n == "nuc":
-        # Where slices are no matrices, the pruning of torch 2.15 takes other dims; this raises.
         return torch.norm(_widened(tensor), p=n, dim=other_dims(tensor, dim))
     return stock._compute_norm(_widened(tensor), n, dim)
+
+
+def check_slices(tensor: Tensor, n: Any, dim: int) -> None:
+    """Refuses the nuclear norm of slices that are no matrices, which some versions of torch take."""
+    if isinstance(n, str) and n == "nuc" and tensor.dim() != 3:
+        raise RuntimeError(
+            f"n='nuc' is a norm of matrices: expected a tensor of three dims, whose slices along dim {dim} "
+            f"are matrices, got shape {tuple(tensor.shape)}"
+        )
+
+
+def torch_norms(scores: Tensor, n: Any, dim: int) -> Tensor:
+    """Torch's own norms, in the dtype of the scores."""
+    check_slices(scores, n, dim)
+    return stock._compute_norm(scores.detach(), n, dim)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -140,7 +157,7 @@ def write_mask(keep: Tensor, scores: Tensor, mask: Tensor | None, dim: int) -> T
 
 def torch_keep_channels(scores: Tensor, n: Any, dim: int, pruned: int) -> Tensor:
     """Torch's own choice, bit for bit: norms by :func:`torch.norm`, choice by :func:`torch.topk`."""
-    norms = stock._compute_norm(scores.detach(), n, dim)
+    norms = torch_norms(scores, n, dim)
     keep = torch.zeros_like(norms, dtype=torch.bool)
     keep[torch.topk(norms, k=norms.numel() - pruned, largest=True).indices] = True
     return keep

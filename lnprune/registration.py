@@ -28,6 +28,11 @@ def check_not_in_inference_mode(parameter: Tensor | None) -> None:
         )
 
 
+def _is_vector(module: nn.Module, attribute: str) -> bool:
+    parameter = parameter_of(module, attribute)
+    return parameter is not None and parameter.dim() == 1
+
+
 def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None:
     """Removes the parameter's pruning hook, if any, and returns it."""
     if not module._forward_pre_hooks:
@@ -100,7 +105,7 @@ class Pruning(Request):
         old = _detach_hook(module, attribute)
         if keep is None:
             new: Any = StockLnStructured(amount, n, dim)
-        elif attribute == "bias":
+        elif _is_vector(module, attribute):  # a bias, which has no structure to prune
             new = stock.CustomFromMask(keep)
         else:
             new = StockLnStructured(int(keep.numel() - keep.sum()), n, dim)

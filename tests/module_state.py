@@ -24,10 +24,8 @@ def _compares_with_torch(n: Any) -> bool:
         return False
 
 
-# The pruning of torch 2.15 refuses an order of None, and takes 'nuc' of the last two dims where slices are
-# no matrices. Before, None is 2 and such a 'nuc' an error, and here they are with every torch.
+# The pruning of torch 2.15 refuses an order of None. Before, None is 2, and here it is with every torch.
 NONE_IS_2 = _compares_with_torch(None)
-NUC_IS_OF_MATRICES = _compares_with_torch("nuc")
 ORDER_OF_NONE = [None] if NONE_IS_2 else []
 
 _REGISTRIES = (

@@ -1042,6 +1042,31 @@ def test_biases_of_the_projections_of_attention(device, permanent):
         plan.apply(permanent=permanent, bias=True)
 
 
+@pytest.mark.parametrize("ranked", [True, False])
+def test_a_parameter_of_two_dims_that_is_called_bias(device, ranked):
+    """Its hook is that of a ranked parameter, which it is, and not that of a bias."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(6, 4, device=device))
+
+    module = Table()
+    pairs = [(module, "bias")]
+    if ranked:
+        lnprune.local_structured(pairs, 2, 2, 0)
+    else:
+        lnprune.rank(pairs, 2, 0).select(2).apply()
+    (hook,) = module._forward_pre_hooks.values()
+    assert type(hook) is stock.LnStructured
+    assert (hook.amount, hook.n, hook.dim) == (2, 2, 0)
+    assert int((module.bias == 0).all(dim=1).sum()) == 2
+    lnprune.rank(pairs, 2, 0).select(1).apply(bias=True)
+    (container,) = module._forward_pre_hooks.values()
+    assert [type(method) for method in container] == [stock.LnStructured] * 2
+    assert int((module.bias == 0).all(dim=1).sum()) == 3
+
+
 # Weights that no hook renews.
 
 

@@ -1,5 +1,6 @@
 """ln_structured against torch.nn.utils.prune.ln_structured, corner by corner, first and repeated."""
 
+import contextlib
 import copy
 import warnings
 from fractions import Fraction
@@ -11,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from module_state import (
     DEVICES,
-    NUC_IS_OF_MATRICES,
     ORDER_OF_NONE,
     Snapshot,
     assert_optimal,
@@ -178,7 +178,6 @@ BAD_CALLS = {
     "dim None": (1, 2, None),
     "dim a string": (1, 2, "0"),
     "n a string": (1, "two", 0),
-    **({"n nuc on a matrix": (1, "nuc", 0)} if NUC_IS_OF_MATRICES else {}),
     "n complex": (1, 2j, 0),
     "n a list": (1, [2], 0),
     "n a vector": (1, torch.tensor([1.0, 2.0]), 0),
@@ -201,20 +200,43 @@ def test_bad_arguments(device, prepare, arguments, ranking):
         assert_same_outcome(make, call, raises=True)
 
 
-@pytest.mark.skipif(not NUC_IS_OF_MATRICES, reason="torch prunes by another norm, or fails elsewhere")
-def test_nuclear_norm_of_a_4d_weight_raises_as_in_torch(device, prepare):
-    assert_same_outcome(
-        prepare(lambda: nn.Conv2d(4, 6, 3, device=device)), prune_call(1, "nuc", 0), raises=True
-    )
+class Container(stock.PruningContainer):
+    """A user's own, which combines masks its own way."""
 
 
-def test_nuclear_norms_of_what_are_no_matrices_are_refused(device, prepare):
-    for layer in (linear(device), nn.Conv2d(4, 6, 3, device=device)):
-        module = prepare(lambda layer=layer: layer)()
-        before = Snapshot(module)
-        with pytest.raises(RuntimeError, match=r"linalg\.matrix_norm: dim must be a 2-tuple"):
-            lnprune.ln_structured(module, "weight", 1, "nuc", 0)
-        assert_unchanged(module, before)
+@pytest.mark.parametrize("ranking", [contextlib.nullcontext, lnprune.reference_ranking])
+def test_nuclear_norms_of_what_are_no_matrices_are_refused(device, prepare, ranking):
+    """With one message, where versions of torch raise different ones, or prune by another norm."""
+
+    def patched(module):
+        with lnprune.patch():
+            stock.ln_structured(module, "weight", 1, "nuc", 0)
+
+    def with_a_container(module):
+        hooks = module._forward_pre_hooks
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, stock.BasePruningMethod):
+                hooks[key] = Container(hook)
+        lnprune.ln_structured(module, "weight", 1, "nuc", 0)
+
+    calls = [
+        lambda module: lnprune.ln_structured(module, "weight", 1, "nuc", 0),
+        lambda module: lnprune.ln_structured(module, "weight", 0, "nuc", 0),
+        lambda module: lnprune.local_structured(module, 1, "nuc", 0),
+        lambda module: lnprune.local_structured(module, 1, "nuc", 0, permanent=True),
+        lambda module: lnprune.channel_norms(module.weight.detach(), "nuc", 0),
+        lambda module: lnprune.channel_mask(module.weight.detach(), 1, "nuc", 0),
+        patched,
+        with_a_container,
+    ]
+    for make in (lambda: linear(device), lambda: nn.Conv2d(4, 6, 3, device=device)):
+        module = prepare(make)()
+        for call in calls:
+            before = Snapshot(module) if call is not with_a_container else None
+            with ranking(), pytest.raises(RuntimeError, match=r"n='nuc' is a norm of matrices: .* shape"):
+                call(module)
+            if before is not None:
+                assert_unchanged(module, before)
 
 
 def test_no_order_is_the_2_norm(device, prepare):

@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from module_state import (
     DEVICES,
-    NUC_IS_OF_MATRICES,
     ORDER_OF_NONE,
     assert_optimal,
     assert_same_outcome,
@@ -354,12 +353,9 @@ def test_remove_then_prune_again(device):
             assert_same_outcome(lambda make_weight=make_weight: module_with(make_weight, device), call)
 
 
-NUC = [("nuc", 0)] if NUC_IS_OF_MATRICES else []
-
-
 def test_bad_dims_and_orders_raise_as_in_torch(device):
     make = prepared(SHAPES["linear"], BEFORE["ln_structured"], device)
-    for n, dim in ((2, 2), (2, -3), (2, 1.5), (2, None), ("two", 0), (2j, 1), *NUC):
+    for n, dim in ((2, 2), (2, -3), (2, 1.5), (2, None), ("two", 0), (2j, 1)):
 
         def call(library, module, n=n, dim=dim):
             library.ln_structured(module, "weight", 1, n, dim)
