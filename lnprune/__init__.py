@@ -34,6 +34,11 @@ from lnprune.reference import reference_ranking
 
 __version__ = "0.1.0"
 
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
 __all__ = [
     "BasePruningMethod",
     "CustomFromMask",

@@ -44,7 +44,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             pass  # a file that must not be written must not be replaced either
     temporary = os.path.join(os.path.dirname(target), f".lnprune-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        file = open(temporary, "xb")  # noqa: SIM115
+    except OSError as error:  # of the folder, which the file's name tells
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+    try:
+        with file:
             if mode is not None:
                 os.chmod(temporary, stat.S_IMODE(mode))
             yield file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
@@ -11,8 +11,7 @@ from torch.nn.utils import prune as stock
 from lnprune.application import Target, install, prune_in_place, unmask
 from lnprune.masks import Amount, write_in_place
 from lnprune.messages import check_flags
-from lnprune.parameters import Parameters, Patterns, collect, per_weight
-from lnprune.plan import Plan
+from lnprune.parameters import Dim, Parameters, Patterns, collect, per_weight
 from lnprune.prune import Order
 from lnprune.ranking import rank, scores_of
 from lnprune.selection import Normalize, Of
@@ -20,18 +19,20 @@ from lnprune.transaction import Transaction
 
 __all__ = ["global_structured", "local_structured", "remove_all"]
 
+Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
+
 
 def local_structured(
-    parameters: Parameters,
+    parameters: Given,
     amount: Amount | Mapping[str, Amount],
     n: Order,
-    dim: Any,
+    dim: Dim,
     importance_scores: Mapping[Any, Tensor] | None = None,
     *,
     permanent: bool = False,
     include: Patterns = None,
     exclude: Patterns = None,
-) -> None:
+) -> Given:
     """Prunes many parameters, each as :func:`ln_structured` does, in one native call for each device.
 
     What a loop of :func:`ln_structured` leaves, bit for bit, repeated pruning included (which ranks what
@@ -51,6 +52,9 @@ def local_structured(
         include: as for :func:`rank`.
         exclude: as for :func:`rank`.
 
+    Returns:
+        ``parameters``, whose modules are changed in place.
+
     Raises:
         As :func:`ln_structured` and :func:`rank`, with the name of the parameter. ValueError for a mask
         that no hook would renew, as :meth:`Plan.apply`. With ``permanent``, RuntimeError for values that
@@ -60,7 +64,7 @@ def local_structured(
         >>> import lnprune
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
-        >>> lnprune.local_structured(model, amount=0.5, n=2, dim="out")
+        >>> model = lnprune.local_structured(model, amount=0.5, n=2, dim="out")
         >>> [int(mask.sum()) for mask in model.buffers()]
         [16, 4]
     """
@@ -79,13 +83,14 @@ def local_structured(
     )
     with Transaction() as transaction:
         (prune_in_place if permanent else install)(transaction, targets, n)
+    return parameters
 
 
 def global_structured(
-    parameters: Parameters,
+    parameters: Given,
     amount: Amount,
     n: Order,
-    dim: Any,
+    dim: Dim,
     importance_scores: Mapping[Any, Tensor] | None = None,
     *,
     of: Of = "channels",
@@ -96,14 +101,14 @@ def global_structured(
     permanent: bool = False,
     include: Patterns = None,
     exclude: Patterns = None,
-) -> Plan:
+) -> Given:
     """Prunes the channels that rank last among those of all parameters.
 
     Short for :func:`rank`, :meth:`Ranking.select` with ``scope="global"``, and :meth:`Plan.apply`; the
-    arguments are theirs.
+    arguments are theirs. For a plan to look at, to save or to undo, call these.
 
     Returns:
-        the applied :class:`Plan`: what was pruned where, and the way back.
+        ``parameters``, whose modules are changed in place.
 
     Raises:
         As :func:`rank`, :meth:`Ranking.select` and :meth:`Plan.apply`.
@@ -112,8 +117,9 @@ def global_structured(
         >>> import lnprune
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 32))
-        >>> lnprune.global_structured(model, amount=0.25, n=2, dim="out", min_channels=8)
-        Plan(2 parameters, 72 of 96 channels kept)
+        >>> model = lnprune.global_structured(model, amount=0.25, n=2, dim="out", min_channels=8)
+        >>> sum(int(mask[:, 0].sum()) for mask in model.buffers())
+        72
     """
     check_flags(permanent=permanent)
     ranking = rank(parameters, n, dim, importance_scores, include=include, exclude=exclude)
@@ -126,7 +132,8 @@ def global_structured(
         multiple_of=multiple_of,
         group_size=group_size,
     )
-    return plan.apply(permanent=permanent)
+    plan.apply(permanent=permanent)
+    return parameters
 
 
 def remove_all(model: nn.Module) -> nn.Module:
@@ -148,7 +155,7 @@ def remove_all(model: nn.Module) -> nn.Module:
         >>> import lnprune
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
-        >>> lnprune.local_structured(model, amount=0.5, n=2, dim="out")
+        >>> model = lnprune.local_structured(model, amount=0.5, n=2, dim="out")
         >>> list(lnprune.remove_all(model).buffers())
         []
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import operator
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import torch.nn.utils.prune as stock
 from torch import Tensor, nn
@@ -19,13 +19,23 @@ from lnprune.transaction import Snapshot, Transaction
 
 __all__ = ["LnStructured", "Order", "apply", "channel_mask", "channel_norms", "ln_structured"]
 
-Order = Union[int, float, str, None]
+Order = Union[int, float, Literal["fro", "nuc"], None]
+
+
+def check_dim_is_no_word(dim: Any) -> None:
+    """Names the calls that know what ``"out"`` and ``"in"`` are."""
+    if isinstance(dim, str) and dim in ("out", "in"):
+        raise TypeError(
+            f"dim={dim!r} is a word of rank, local_structured and global_structured, which know the types "
+            "of modules: expected a number here"
+        )
 
 
 def apply(
     module: nn.Module, name: str, amount: Amount, n: Any, dim: int, importance_scores: Tensor | None
 ) -> Any:
     """``BasePruningMethod.apply`` for Ln norms: all of it, or, where it raises, nothing."""
+    check_dim_is_no_word(dim)
     with Transaction() as transaction:
         target = Target("", module, name, dim, amount, None, importance_scores)
         return install(transaction, [target], n)[0].method
@@ -111,6 +121,8 @@ class LnStructured(StockLnStructured):
         >>> import lnprune
         >>> import torch
         >>> method = lnprune.LnStructured(amount=1, n=2, dim=0)
+        >>> method
+        LnStructured(amount=1, n=2, dim=0)
         >>> method.prune(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         tensor([[0., 0.],
                 [3., 4.]])
@@ -162,6 +174,9 @@ class LnStructured(StockLnStructured):
             snapshot.restore()
             raise
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(amount={self.amount!r}, n={self.n!r}, dim={self.dim!r})"
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is LnStructured:
             # Unpickled by the standard library and torch alone.
@@ -196,6 +211,7 @@ def channel_norms(tensor: Tensor, n: Order, dim: int) -> Tensor:
 
     The definition is that of :func:`torch.linalg.vector_norm`.
     """
+    check_dim_is_no_word(dim)
     stock._validate_structured_pruning(tensor)
     stock._validate_pruning_dim(tensor, dim)
     tensor.shape[dim]  # raises where dim is below the range
@@ -224,5 +240,6 @@ def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
         >>> lnprune.channel_mask(weight, amount=1, n=2, dim=0)
         tensor([ True, False,  True])
     """
+    check_dim_is_no_word(dim)
     stock._validate_pruning_amount_init(amount)
     return masks.keep_flags(tensor, n, dim, masks.pruned_count(tensor, amount, dim))

@@ -13,7 +13,7 @@ from torch import Tensor
 from lnprune import reference
 from lnprune.masks import Amount, is_wrapper, masked
 from lnprune.norms import channel_norms, native_order, nonzero_counts, zero_norms_are_zeros
-from lnprune.parameters import Parameters, Patterns, Weight, collect, per_weight
+from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, per_weight
 from lnprune.plan import Plan
 from lnprune.prune import Order
 from lnprune.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
@@ -59,7 +59,7 @@ def scores_of(
 def rank(
     parameters: Parameters,
     n: Order,
-    dim: Any,
+    dim: Dim,
     importance_scores: Mapping[Any, Tensor] | None = None,
     *,
     include: Patterns = None,

@@ -70,14 +70,17 @@ def _size_factor(elements: int, p: float) -> float:
     return max(factor, sys.float_info.min)
 
 
-def kept_of(amount: int | float, total: int) -> int:
-    """How many of ``total`` stay, by torch's reading of an amount."""
+def kept_of(amount: int | float, total: int, of: str) -> int:
+    """How many of ``total`` channels or parameters stay, by torch's reading of an amount."""
     if type(amount) is float and 0 <= amount <= 1:
         return total - round(amount * total)
+    if isinstance(amount, bool):
+        raise TypeError(f"amount: expected a count, or a share from 0 to 1, got {amount}")
     stock._validate_pruning_amount_init(amount)
-    pruned = stock._compute_nparams_toprune(amount, total)
-    stock._validate_pruning_amount(pruned, total)
-    return int(total - pruned)
+    pruned = int(stock._compute_nparams_toprune(amount, total))
+    if pruned > total:
+        raise ValueError(f"amount={amount} is more than the {total} {of} that are left to prune")
+    return total - pruned
 
 
 def _nearest_multiple(wanted: int, step: int, fewest: int, most: int) -> int:
@@ -169,12 +172,17 @@ class Arrangement:
         self.most = [channels // self.step for channels in self.left]  # blocks
         fewest = -(-min_channels // self.step)
         self.fewest = [fewest if channels else 0 for channels in self.left]
-        for name, channels, most in zip(layers.names, self.left, self.most, strict=True):
+        rows = zip(layers.names, self.left, self.most, layers.channels, strict=True)
+        for name, channels, most, all_of_them in rows:
             if channels and most < fewest:
+                asked = {"min_channels": min_channels, "multiple_of": multiple_of, "group_size": group_size}
+                named = [f"{option}={number}" for option, number in asked.items() if number > 1]
+                named = named or [f"min_channels={min_channels}"]
+                together = ("", "it") if len(named) == 1 else (" together", "one of them")
                 raise ValueError(
-                    f"{name}: no count of channels up to its {channels} is {min_channels} or more "
-                    f"(min_channels) and a multiple of {self.step} (multiple_of={multiple_of}, "
-                    f"group_size={group_size})"
+                    f"{name} has {channels} channels{' left' if channels < all_of_them else ''}: "
+                    f"{' and '.join(named)} cannot be met{together[0]}; lower {together[1]} or exclude the "
+                    "layer"
                 )
 
     def _scores(self, groups: Tensor) -> Tensor:
@@ -220,7 +228,7 @@ class Arrangement:
         blocks = []
         for name, amount, left, cost, fewest, most in rows:
             try:
-                wanted = kept_of(amount, left * cost)
+                wanted = kept_of(amount, left * cost, of)
             except NAMED_ERRORS as error:
                 add_name(error, name)
                 raise
@@ -231,7 +239,7 @@ class Arrangement:
         """Bool keep flags of all channels, the blocks of all layers in one ranking."""
         totals = self._totals(of)
         counted = zip(self.left, self.costs(of), strict=True)
-        wanted = kept_of(amount, sum(left * cost for left, cost in counted))
+        wanted = kept_of(amount, sum(left * cost for left, cost in counted), of)
         # The first total that is not below, or the one before it if that is nearer.
         length = int(torch.searchsorted(totals, wanted))
         if length == len(totals) or (

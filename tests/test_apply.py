@@ -1305,20 +1305,20 @@ def test_a_backup_of_lazily_negated_values(device, kind):
 def test_global_structured(make, prepare, device, permanent):
     model, twin = twins(prepare(make))
     options = {"min_channels": 2, "normalize": "layer", "of": "parameters"}
-    plan = lnprune.global_structured(model, 0.3, 2, "out", permanent=permanent, **options)
-    assert type(plan) is lnprune.Plan
-    other = lnprune.rank(twin, 2, "out").select(0.3, scope="global", **options).apply(permanent=permanent)
-    assert {name: keep.tolist() for name, keep in plan.keep.items()} == {
-        name: keep.tolist() for name, keep in other.keep.items()
-    }
+    assert lnprune.global_structured(model, 0.3, 2, "out", permanent=permanent, **options) is model
+    lnprune.rank(twin, 2, "out").select(0.3, scope="global", **options).apply(permanent=permanent)
     assert_same_state(model, twin)
-    if permanent:
-        with pytest.raises(RuntimeError, match="values are gone"):
-            plan.undo()
-        return
-    plan.undo()
-    other.undo()
-    assert_same_state(model, twin)
+
+
+@pytest.mark.parametrize("call", [lnprune.local_structured, lnprune.global_structured])
+def test_whole_model_calls_return_what_they_were_given(device, call):
+    """As ln_structured and remove_all do."""
+    for permanent in (False, True):
+        model = linears(device)
+        assert call(model, 0.25, 2, "out", permanent=permanent) is model
+        pairs = [(module, "weight") for module in model]
+        assert call(pairs, 0.25, 2, 0, permanent=permanent) is pairs
+        assert lnprune.remove_all(model) is model
 
 
 def test_global_structured_takes_all_that_rank_and_select_take(device):
@@ -1326,10 +1326,8 @@ def test_global_structured_takes_all_that_rank_and_select_take(device):
     scores = {"1.weight": torch.randn(12, 8, device=device)}
     choice = {"include": ["0", "1"], "exclude": None}
     options = {"normalize": "none", "min_channels": 2, "multiple_of": 2, "group_size": 2, "of": "channels"}
-    plan = lnprune.global_structured(model, 8, 1, "out", scores, **options, **choice)
-    expected = lnprune.rank(twin, 1, "out", scores, **choice).select(8, scope="global", **options)
-    assert {name: keep.tolist() for name, keep in plan.keep.items()} == {
-        name: keep.tolist() for name, keep in expected.keep.items()
-    }
+    lnprune.global_structured(model, 8, 1, "out", scores, **options, **choice)
+    plan = lnprune.rank(twin, 1, "out", scores, **choice).select(8, scope="global", **options).apply()
+    assert_same_state(model, twin)
     assert not hasattr(model[2], "weight_mask")
     assert sum(int((~keep).sum()) for keep in plan.keep.values()) == 8

@@ -151,7 +151,7 @@ def test_a_pipe_stays_a_pipe(tmp_path):
 def test_a_folder_and_a_missing_folder_are_refused_as_by_open(tmp_path):
     with pytest.raises(IsADirectoryError):
         write(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/missing/file'$"):
         write(tmp_path / "missing" / "file")
     assert list(tmp_path.iterdir()) == []
 

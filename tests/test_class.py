@@ -290,3 +290,16 @@ def test_the_rest_of_torchs_functions(device):
     with pytest.raises(ValueError, match="has to be pruned"):
         lnprune.remove(model[0], "weight")
     assert not lnprune.is_pruned(model)
+
+
+def test_a_method_shows_its_arguments(device):
+    class Own(lnprune.LnStructured):
+        pass
+
+    assert repr(lnprune.LnStructured(0.5, 2, dim=-1)) == "LnStructured(amount=0.5, n=2, dim=-1)"
+    assert repr(Own(3, "fro", 0)) == "Own(amount=3, n='fro', dim=0)"
+
+
+def test_the_package_shows_its_public_names_alone(device):
+    assert dir(lnprune) == sorted([*lnprune.__all__, "__version__"])
+    assert all(hasattr(lnprune, name) for name in dir(lnprune))

@@ -161,6 +161,21 @@ def test_nuclear_norm_where_slices_are_matrices(device, prepare):
 # What is refused.
 
 
+@pytest.mark.parametrize("dim", ["out", "in"])
+def test_words_for_dims_are_those_of_other_calls(device, dim):
+    module = linear(device)
+    before = Snapshot(module)
+    for call in (
+        lambda: lnprune.ln_structured(module, "weight", 1, 2, dim),
+        lambda: lnprune.LnStructured.apply(module, "weight", 1, 2, dim),
+        lambda: lnprune.channel_norms(module.weight, 2, dim),
+        lambda: lnprune.channel_mask(module.weight, 1, 2, dim),
+    ):
+        with pytest.raises(TypeError, match=f"^dim='{dim}' is a word of rank, local_structured and"):
+            call()
+        assert_unchanged(module, before)
+
+
 BAD_CALLS = {
     "amount is a string": ("1", 2, 0),
     "amount is a tensor": (torch.tensor(0.5), 2, 0),

@@ -126,7 +126,7 @@ def assert_equals_loop(make, *rounds, find_pairs=None):
     for options in rounds:
         for model, prune in ((actual, call), (expected, loop)):
             pairs = None if find_pairs is None else find_pairs(model)
-            assert prune(model, pairs=pairs, **options) is None
+            prune(model, pairs=pairs, **options)
         assert_same_state(actual, expected)
     assert lnprune.is_pruned(actual)
     return actual, expected
@@ -564,7 +564,7 @@ def assert_permanent_equals_loop(make, *rounds, find_pairs=None, in_place=True):
     before = [(m, name, storage_of(p), p._version) for m in actual.modules() for name, p in names_of(m)]
     pruned = {(id(module), name) for module, name in find_pairs(actual)}
     for options in rounds:
-        assert call(actual, pairs=find_pairs(actual), permanent=True, **options) is None
+        call(actual, pairs=find_pairs(actual), permanent=True, **options)
         loop(expected, pairs=find_pairs(expected), remove=True, **options)
     assert sorted(actual.state_dict()) == sorted(expected.state_dict()) == keys
     assert not lnprune.is_pruned(actual)

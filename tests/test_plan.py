@@ -629,7 +629,7 @@ def test_files_that_are_no_plans_are_refused_by_name(content, message, tmp_path)
 def test_a_file_that_is_not_there_is_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         lnprune.load_plan(tmp_path / "plan.json", model_of_three())
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"missing/plan\.json'$"):
         example().save(tmp_path / "missing" / "plan.json")
 
 

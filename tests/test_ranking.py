@@ -192,7 +192,7 @@ def test_channels_pruned_before_take_no_part(n, device):
     everything = ranking.select(0, scope="global")
     assert everything.keep["0.weight"].tolist() == [c in alive for c in range(6)]
     assert sum(entry.kept for entry in ranking.select(0.25, scope="global").entries) == 6
-    with pytest.raises(ValueError, match=r"^0\.weight: amount=5 .*=4$"):
+    with pytest.raises(ValueError, match=r"^0\.weight: amount=5 is more than the 4 channels that are left"):
         ranking.select(5)
 
 
@@ -704,10 +704,12 @@ def assert_refused(model, ranking, options):
     layer = infeasible_layer(model, **constraints)
     if layer is None:
         return False
-    with pytest.raises(ValueError, match=rf"^{layer}\.weight: no count of channels") as caught:
+    left = model.left(layer, constraints["group_size"])
+    message = rf"^{layer}\.weight has {left} channels.* cannot be met"
+    with pytest.raises(ValueError, match=message) as caught:
         ranking.select(0.5, **options)
-    for number in (model.left(layer, constraints["group_size"]), *constraints.values()):
-        assert str(number) in str(caught.value)
+    for option, number in constraints.items():
+        assert number <= 1 or f"{option}={number}" in str(caught.value)
     return True
 
 
@@ -1051,7 +1053,6 @@ def test_parameters_are_counted_where_they_are_asked_for():
         (numpy.int64(3), 7, 4),
         (fractions.Fraction(1, 2), 5, 3),
         (fractions.Fraction(2, 3), 6, 2),
-        (True, 4, 3),  # as in torch
     ],
 )
 def test_amounts(amount, channels, kept, scope):
@@ -1077,6 +1078,8 @@ def test_amounts(amount, channels, kept, scope):
         ([0.5, 0.5], TypeError),
         (torch.tensor(0.5), TypeError),
         (0.5j, TypeError),
+        (True, TypeError),
+        (False, TypeError),
     ],
     ids=str,
 )
@@ -1098,7 +1101,9 @@ def test_an_amount_beyond_what_is_there_is_refused_with_the_numbers():
         (3, {}, 2),
         (9, {"of": "parameters"}, 8),
     ):
-        with pytest.raises(ValueError, match=rf"amount={amount} .*={total}$") as caught:
+        what = options.get("of", "channels")
+        message = rf"amount={amount} is more than the {total} {what} that are left to prune$"
+        with pytest.raises(ValueError, match=message) as caught:
             ranking.select(amount, **options)
         assert str(caught.value).startswith("1.weight: ") == ("scope" not in options)
         assert ranking.select(amount - 1, min_channels=0, **options).entries[-1].kept <= 1
@@ -1114,7 +1119,7 @@ def test_amounts_by_name():
         ranking.select({"2.weight": 0.4, "0.weight": 3})
     with pytest.raises(ValueError, match=r"^amount: expected one for each of 3 .*got one for '3\.weight'$"):
         ranking.select({"3.weight": 1, "2.weight": 0.4, "0.weight": 3, "1.weight": 0})
-    with pytest.raises(ValueError, match=r"^1\.weight: amount=3 .*=2$"):
+    with pytest.raises(ValueError, match=r"^1\.weight: amount=3 is more than the 2 channels"):
         ranking.select({"2.weight": 0.4, "0.weight": 3, "1.weight": 3})
     with pytest.raises(TypeError, match=r"^1\.weight: Invalid type for amount: x"):
         ranking.select({"2.weight": 0.4, "0.weight": 3, "1.weight": "x"})
@@ -1160,13 +1165,16 @@ def test_layers_without_channels_need_none(of, normalize, scope):
     [
         (
             {"min_channels": 5},
-            r"^1\.weight: no count of channels up to its 4 is 5 or more \(min_channels\) and a multiple of "
-            r"1 \(multiple_of=1, group_size=1\)$",
+            r"^1\.weight has 4 channels: min_channels=5 cannot be met; lower it or exclude the layer$",
         ),
-        ({"multiple_of": 8}, r"^0\.weight: .* up to its 7 is 1 or more .* multiple of 8 \(multiple_of=8, "),
+        (
+            {"multiple_of": 8},
+            r"^0\.weight has 7 channels left: multiple_of=8 cannot be met; lower it or exclude the layer$",
+        ),
         (
             {"min_channels": 5, "multiple_of": 4},
-            r"^0\.weight: .* up to its 7 is 5 or more .* multiple of 4 ",
+            r"^0\.weight has 7 channels left: min_channels=5 and multiple_of=4 cannot be met together; "
+            "lower one of them or exclude the layer$",
         ),
         (
             {"group_size": 3},
@@ -1188,7 +1196,7 @@ def test_constraints_that_cannot_hold(options, message, scope):
 
 
 def test_groups_and_multiples_that_meet_in_no_count():
-    with pytest.raises(ValueError, match=r"up to its 6 .* multiple of 12 \(multiple_of=4, group_size=6\)$"):
+    with pytest.raises(ValueError, match=r"^0\.weight has 6 channels: multiple_of=4 and group_size=6 "):
         layers([1] * 6).select(0.5, multiple_of=4, group_size=6)
     assert kept_of(layers([1] * 6).select(0.5, multiple_of=4, group_size=6, min_channels=0)) == [[]]
 
