@@ -11,14 +11,16 @@ OUT ?= build/gpu
 # What runs the kernels on every path; the other tests are about Python. On the emulated GPU beside the
 # tests proper: each keeps one core busy.
 EMULATED_TESTS := $(addprefix tests/test_,norms.py sums.py selection.py write.py zero.py repeated.py)
+# All about kernels, which the short run leaves to a process of its own.
+KERNEL_TESTS := $(EMULATED_TESTS) $(addprefix tests/test_,ops.py tasks.py threads.py instruction_set.py)
 PYTEST := $(BIN)/python -m pytest
 EMULATED := $(PYTEST) --emulated-cuda -p no:cacheprovider $(EMULATED_TESTS) tests/test_cuda_emulation.py
 
 .PHONY: test test-all demo lint types sanitize bench gpu clean
-.PHONY: unit-tests emulated-tests slow-unit-tests slow-emulated-tests
+.PHONY: unit-tests kernel-tests emulated-tests slow-unit-tests slow-emulated-tests
 
 test: $(VENV)/installed
-	$(MAKE) --jobs=2 --output-sync=target unit-tests lint types emulated-tests
+	$(MAKE) --jobs=2 --output-sync=target unit-tests emulated-tests kernel-tests types lint
 
 # What `make test` leaves out: full grids, the seeded bugs beyond one of each kind, other versions of torch,
 # builds of environments, the compiler's report, tensors of gigabytes, and the sanitizers.
@@ -26,7 +28,10 @@ test-all: $(VENV)/installed
 	$(MAKE) --jobs=2 --output-sync=target slow-unit-tests slow-emulated-tests sanitize
 
 unit-tests: $(VENV)/installed
-	$(PYTEST) -m "not slow" --ignore=tests/test_cuda_emulation.py
+	$(PYTEST) -m "not slow" --ignore=tests/test_cuda_emulation.py $(addprefix --ignore=,$(KERNEL_TESTS))
+
+kernel-tests: $(VENV)/installed
+	$(PYTEST) -m "not slow" -p no:cacheprovider $(KERNEL_TESTS)
 
 slow-unit-tests: $(VENV)/installed
 	$(PYTEST) -m slow --ignore=tests/test_cuda_emulation.py
