@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 from torch import Tensor, nn
@@ -36,47 +36,49 @@ def is_masked(module: nn.Module, attribute: str) -> bool:
 
 def parameter_of(module: nn.Module, attribute: str) -> Tensor | None:
     """The parameter behind an attribute, masked or not."""
-    key = attribute + "_orig" if is_masked(module, attribute) else attribute
-    return module._parameters.get(key)
+    parameter = module._parameters.get(attribute)
+    if parameter is None and is_masked(module, attribute):
+        return module._parameters[attribute + "_orig"]
+    return parameter
 
 
-def named_modules(
-    module: nn.Module, remove_duplicate: bool = True, path: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """As :meth:`torch.nn.Module.named_modules`, but that wrappers have no part in the names."""
-    seen = set() if seen is None else seen
-    if remove_duplicate:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-    child = wrapped_child(module)
-    if child is not None:
-        yield from named_modules(child, remove_duplicate, path, seen)
-        return
-    yield path, module
-    for name, child in module._modules.items():
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        if remove_duplicate:
+            if id(module) in seen:
+                return
+            seen.add(id(module))
+        child = wrapped_child(module)
         if child is not None:
-            yield from named_modules(child, remove_duplicate, f"{path}.{name}" if path else name, seen)
+            walk(child, path)
+            return
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{path}.{name}" if path else name)
 
-
-def _attributes(module: nn.Module) -> list[str]:
-    """The attributes of a module's parameters, masked ones by the names that they had."""
-    found = []
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            stem = key.removesuffix("_orig")
-            found.append(stem if stem != key and is_masked(module, stem) else key)
+    walk(model, "")
     return found
+
+
+def _attribute(module: nn.Module, key: str) -> str:
+    """The attribute of a parameter by its key: of a masked one the name that it had."""
+    stem = key.removesuffix("_orig")
+    return stem if stem != key and is_masked(module, stem) else key
 
 
 def _has_channels(parameter: Tensor | None) -> bool:
     return parameter is not None and not nn.parameter.is_lazy(parameter) and parameter.dim() > 1
 
 
-def uncalled(model: nn.Module) -> dict[int, str]:
-    """The modules whose hooks never run, by identity: who reads their weights."""
+def uncalled(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """The children of modules whose hooks never run, by identity: who reads their weights."""
     readers = {}
-    for module in model.modules():
+    for module in modules:
         for child in uncalled_children(module):
             readers[id(child)] = type(module).__name__
     return readers
@@ -152,41 +154,33 @@ def _shown_pattern(pattern: Pattern) -> str:
     return repr(pattern if isinstance(pattern, str) else pattern.__name__)
 
 
-def find(model: nn.Module, include: Patterns, exclude: Patterns) -> list[Found]:
+def find(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], include: Patterns, exclude: Patterns
+) -> list[Found]:
     """The weights of a model that are meant: a tensor under all of its names, or not at all.
 
-    Of several names those come last that it was not found by.
+    Of several names those come last that it was not found by. ``modules`` are the model's, by name.
     """
     included, excluded = _Choice(include, "include"), _Choice(exclude, "exclude")
-    known: list[Found] = []
-    others: list[Found] = []  # parameters of two dims or more that are no known weights
-    places: dict[int, list[Found]] = {}
-    for path, module in named_modules(model):
-        dims = known_weights(module)
-        here = [attribute for attribute in dims if _is_known(module, attribute)]
-        known += [_found(path, module, attribute, dims[attribute]) for attribute in here]
-        for attribute in _attributes(module):
-            parameter, entry = parameter_of(module, attribute), _found(path, module, attribute)
-            places.setdefault(id(parameter), []).append(entry)
-            if attribute not in here and _has_channels(parameter):
-                others.append(entry)
-    found = _included(model, included, known, others) if included.patterns else known
+    found: list[Found] = []
+    for path, module in modules:
+        for attribute, dims in known_weights(module).items():
+            if _is_known(module, attribute):
+                found.append(_found(path, module, attribute, dims))
+    if included.patterns:
+        found = _included(model, modules, included, found)
     if not found:
-        raise ValueError(_nothing_found(model, others))
+        raise ValueError(_nothing_found(model, _others(modules, found)))
+    places = _places(modules, found)
 
-    def names_of(entry: Found) -> list[Found]:
-        """The other places of the same parameter."""
-        parameter = parameter_of(entry.module, entry.attribute)
-        return [
-            other
-            for other in places.get(id(parameter), [])
-            if other.module is not entry.module or other.attribute != entry.attribute
-        ]
+    def places_of(entry: Found) -> list[Found]:
+        return places.get(id(parameter_of(entry.module, entry.attribute)), [entry])
 
     if excluded.patterns:
         left = []
         for entry in found:
-            hits = [excluded.match(place) for place in (entry, *names_of(entry))]
+            # All are matched, so that each pattern is known to match something.
+            hits = [excluded.match(place) for place in places_of(entry)]
             if all(hit is None for hit in hits):
                 left.append(entry)
         excluded.check_all_matched(model, found)
@@ -195,20 +189,62 @@ def find(model: nn.Module, include: Patterns, exclude: Patterns) -> list[Found]:
                 f"exclude: leaves none of the {len(found)} weights of {type(model).__name__} to prune"
             )
         found = left
-    there = {(id(entry.module), entry.attribute) for entry in found}
-    for i, entry in enumerate(list(found)):
-        for other in names_of(entry):
+    there = {(id(entry.module), entry.attribute) for entry in found} if places else set()
+    for i, entry in enumerate(list(found) if places else ()):
+        for other in places_of(entry):
             if (id(other.module), other.attribute) not in there:
                 there.add((id(other.module), other.attribute))
                 found.append(other._replace(like=i))
     return found
 
 
+def _places(modules: Sequence[tuple[str, nn.Module]], found: Sequence[Found]) -> dict[int, list[Found]]:
+    """All places of each parameter that has more than one, by its identity; those that were found first."""
+    seen: set[int] = set()
+    places: dict[int, list[Found]] = {}
+    for _, module in modules:
+        for parameter in module._parameters.values():
+            if id(parameter) in seen and parameter is not None:
+                places[id(parameter)] = []
+            seen.add(id(parameter))
+    if not places:
+        return places
+    there = set()
+    for entry in found:
+        there.add((id(entry.module), entry.attribute))
+        held = parameter_of(entry.module, entry.attribute)
+        if id(held) in places:
+            places[id(held)].append(entry)
+    for path, module in modules:
+        for key, parameter in module._parameters.items():
+            if id(parameter) in places:
+                attribute = _attribute(module, key)
+                if (id(module), attribute) not in there:
+                    places[id(parameter)].append(_found(path, module, attribute))
+    return places
+
+
+def _others(modules: Sequence[tuple[str, nn.Module]], known: Sequence[Found]) -> list[Found]:
+    """The parameters of two dims or more that are no known weights."""
+    there = {(id(entry.module), entry.attribute) for entry in known}
+    others = []
+    for path, module in modules:
+        for key, parameter in module._parameters.items():
+            if not _has_channels(parameter):
+                continue
+            attribute = _attribute(module, key)
+            if (id(module), attribute) not in there:
+                others.append(_found(path, module, attribute))
+    return others
+
+
 def _found(path: str, module: nn.Module, attribute: str, dims: Dims | None = None) -> Found:
     return Found(f"{path}.{attribute}" if path else attribute, module, attribute, dims)
 
 
-def _included(model: nn.Module, included: _Choice, known: list[Found], others: list[Found]) -> list[Found]:
+def _included(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], included: _Choice, known: list[Found]
+) -> list[Found]:
     """What patterns take: known weights, and of those that match none, any parameters of two dims or more.
 
     A type takes the known weights of its modules, and all parameters of two dims or more of other modules.
@@ -217,11 +253,12 @@ def _included(model: nn.Module, included: _Choice, known: list[Found], others: l
     with_known = {id(entry.module) for entry in known}
     further = [i for i in range(len(included.patterns)) if i not in included.matched]
     types = [i for i, pattern in enumerate(included.patterns) if isinstance(pattern, type)]
+    others = _others(modules, known)
     for entry in others:
         only = further if id(entry.module) in with_known else sorted({*further, *types})
         hits[id(entry)] = included.match(entry, only)
     included.check_all_matched(model, known)
-    order = {id(module): i for i, (_, module) in enumerate(named_modules(model))}
+    order = {id(module): i for i, (_, module) in enumerate(modules)}
     taken = [entry for entry in (*known, *others) if hits[id(entry)] is not None]
     taken.sort(key=lambda entry: order[id(entry.module)])
     return [entry._replace(dims=included.dims.get(hits[id(entry)], entry.dims)) for entry in taken]  # type: ignore[arg-type]

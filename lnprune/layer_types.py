@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-__all__ = ["KNOWN", "BiasPart", "Dims", "bias_part", "known_weights", "uncalled_children", "wrapped_child"]
+__all__ = [
+    "KNOWN",
+    "BiasPart",
+    "Dims",
+    "bare_name",
+    "bias_part",
+    "is_uncalled_type",
+    "known_weights",
+    "uncalled_children",
+    "wrapped_child",
+]
 
 
 class Dims(NamedTuple):
@@ -32,24 +43,34 @@ _OTHERS = {
 KNOWN = "Linear, convolutions, Embedding, MultiheadAttention and transformers' Conv1D"
 
 
-def _names(module: nn.Module) -> Iterator[str]:
-    for kind in type(module).__mro__:
-        yield f"{kind.__module__}.{kind.__qualname__}"
+# Types come and go, those of parametrized modules say: what was found of them is kept for some.
+_by_type = functools.lru_cache(maxsize=1024)
 
 
-def known_weights(module: nn.Module) -> dict[str, Dims]:
-    """The attributes of a module that are weights, where its type is known, each with its dims."""
-    if isinstance(module, _ROWS):
+@_by_type
+def _names(kind: type) -> list[str]:
+    """The names of a class and of its bases."""
+    return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+
+
+@_by_type
+def _weights_of_type(kind: type) -> Mapping[str, Dims]:
+    if issubclass(kind, _ROWS):
         return {"weight": Dims(0, 1)}
-    if isinstance(module, _COLUMNS):
+    if issubclass(kind, _COLUMNS):
         return {"weight": Dims(1, 0)}
-    if isinstance(module, nn.MultiheadAttention):
-        apart = not getattr(module, "_qkv_same_embed_dim", True)
-        return dict.fromkeys(_PROJECTIONS if apart else ("in_proj_weight",), Dims(0, 1))
-    for name in _names(module):
+    for name in _names(kind):  # type: ignore[arg-type]
         if name in _OTHERS:
             return {"weight": _OTHERS[name]}
     return {}
+
+
+def known_weights(module: nn.Module) -> Mapping[str, Dims]:
+    """The attributes of a module that are weights, where its type is known, each with its dims."""
+    if isinstance(module, nn.MultiheadAttention):
+        apart = not getattr(module, "_qkv_same_embed_dim", True)
+        return dict.fromkeys(_PROJECTIONS if apart else ("in_proj_weight",), Dims(0, 1))
+    return _weights_of_type(type(module))  # type: ignore[arg-type]
 
 
 class BiasPart(NamedTuple):
@@ -81,12 +102,17 @@ _UNCALLED = {
 }
 
 
+@_by_type
+def _uncalled_of_type(kind: type) -> tuple[str, ...]:
+    forward = next(base for base in kind.__mro__ if "forward" in vars(base))
+    return _UNCALLED.get(f"{forward.__module__}.{forward.__qualname__}", ())
+
+
 def uncalled_children(module: nn.Module) -> list[nn.Module]:
     """The children whose forward hooks never run, since the module reads their weights itself."""
-    if "forward" in vars(module):
+    names = _uncalled_of_type(type(module))  # type: ignore[arg-type]
+    if not names or "forward" in vars(module):
         return []
-    kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    names = _UNCALLED.get(f"{kind.__module__}.{kind.__qualname__}", ())
     return [child for name in names if (child := module._modules.get(name)) is not None]
 
 
@@ -107,11 +133,14 @@ _WRAPPERS = (
 
 def wrapped_child(module: nn.Module) -> nn.Module | None:
     """The module that this one is only a wrapper of: compiled, parallel, averaged."""
+    children = module._modules
+    if not children:
+        return None
     for name in _WRAPPED:
-        if (child := module._modules.get(name)) is not None:
+        if (child := children.get(name)) is not None:
             return child
-    if "module" in module._modules and any(name in _WRAPPERS for name in _names(module)):
-        return module._modules["module"]
+    if "module" in children and any(name in _WRAPPERS for name in _names(type(module))):  # type: ignore[arg-type]
+        return children["module"]
     return None
 
 

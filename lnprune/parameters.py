@@ -205,8 +205,9 @@ def collect(
     """The weights that a call is about, each once, and their current tensors."""
     readers: dict[int, str] = {}
     if isinstance(parameters, nn.Module):
-        found = find(parameters, include, exclude)
-        readers = uncalled(parameters)
+        modules = named_modules(parameters)
+        found = find(parameters, modules, include, exclude)
+        readers = uncalled(module for _, module in modules)
     elif include is not None or exclude is not None:
         raise TypeError("include and exclude choose among the weights of a module, got a list")
     else:
@@ -280,8 +281,8 @@ def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
     readers: dict[int, str] = {}
     if isinstance(parameters, nn.Module):
         owner = type(parameters).__name__
-        readers = uncalled(parameters)
         modules = dict(named_modules(parameters, remove_duplicate=False))
+        readers = uncalled(modules.values())
         for name in names:
             path, _, attribute = name.rpartition(".")
             if path not in modules:

@@ -129,10 +129,11 @@ def rank(
                 tensors[i] = masked(mask, original)  # type: ignore[arg-type]
     scores = scores_of(weights, tensors, importance_scores)
     norms = channel_norms(scores, n, dims, names)
+    say_zeros = {dtype: zero_norms_are_zeros(dtype, n) for dtype in {tensor.dtype for tensor in tensors}}
     counted = [
         i
         for i, (tensor, score) in enumerate(zip(tensors, scores, strict=True))
-        if score is not tensor or not zero_norms_are_zeros(tensor.dtype, n)
+        if score is not tensor or not say_zeros[tensor.dtype]
     ]
     counts = nonzero_counts(
         [*masks.values(), *(tensors[i].detach() for i in counted)], [dims[i] for i in (*masks, *counted)]

@@ -116,7 +116,8 @@ class Pruning(Request):
             self.method.add_pruning_method(new)
         current = module._parameters.get(attribute)
         if current is None:
-            check_not_parametrized(module, attribute)
+            if old is None:
+                check_not_parametrized(module, attribute)
             current = getattr(module, attribute)
         scores = current if importance_scores is None else importance_scores
         if importance_scores is not None and scores.shape != current.shape:
