@@ -16,8 +16,8 @@ __all__ = [
     "Dims",
     "bare_name",
     "bias_part",
-    "is_uncalled_type",
     "known_weights",
+    "never_called",
     "uncalled_children",
     "wrapped_child",
 ]
@@ -116,9 +116,16 @@ def uncalled_children(module: nn.Module) -> list[nn.Module]:
     return [child for name in names if (child := module._modules.get(name)) is not None]
 
 
-def is_uncalled_type(module: nn.Module) -> bool:
-    """Whether torch makes such modules for :class:`torch.nn.MultiheadAttention` alone."""
-    return type(module) is NonDynamicallyQuantizableLinear
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def never_called(module: nn.Module) -> str | None:
+    """Who reads the weights of a module in place of its own forward, where its type says so."""
+    if type(module) is NonDynamicallyQuantizableLinear:  # torch makes these for MultiheadAttention alone
+        return nn.MultiheadAttention.__name__
+    if isinstance(module, _CONTAINERS):
+        return f"what holds a {type(module).__name__}"
+    return None
 
 
 # Wrappers: the name of the wrapped child where no other module has such a one, or the wrapper's type, whose

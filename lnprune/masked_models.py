@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
-from lnprune.messages import shown
+from lnprune.messages import check_flags, shown
 from lnprune.registration import check_not_in_inference_mode
 from lnprune.transaction import Transaction
 
@@ -36,7 +36,7 @@ def load_masked(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool
 
     Raises:
         RuntimeError: as ``load_state_dict``; or inside ``torch.inference_mode``.
-        TypeError: ``state_dict`` is no mapping.
+        TypeError: ``state_dict`` is no mapping, or ``strict`` no bool.
 
     Example:
         >>> import lnprune
@@ -49,6 +49,7 @@ def load_masked(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool
         >>> torch.equal(fresh.weight, pruned.weight)
         True
     """
+    check_flags(strict=strict)
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping from names to tensors, got {shown(state_dict)}")
     values = [*model.parameters(), *model.buffers()]

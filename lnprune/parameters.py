@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnprune.finding import Found, Patterns, find, is_masked, named_modules, uncalled
-from lnprune.layer_types import KNOWN, bare_name, is_uncalled_type, known_weights
+from lnprune.layer_types import KNOWN, bare_name, known_weights, never_called
 from lnprune.messages import shown
 
 __all__ = [
@@ -39,7 +39,7 @@ class Weight:
 
     ``names`` has an entry for each module that shares the weight, and so has ``places``, module and
     attribute; a weight that lives in no module has none. ``given_dim`` can count from the last dim.
-    ``reader``, if any, is the type of a module that reads the weight and never calls the one that has it.
+    ``reader``, if any, is what reads the weight and never calls the module that has it.
     """
 
     __slots__ = ("dim", "given_dim", "names", "places", "reader", "shape")
@@ -267,9 +267,7 @@ def collect(
 
 def _note_reader(weight: Weight, module: nn.Module, readers: Mapping[int, str]) -> None:
     """Who reads the weight in place of the module that has it; ``readers`` of a model's modules."""
-    reader = readers.get(id(module))
-    if reader is None and is_uncalled_type(module):
-        reader = nn.MultiheadAttention.__name__
+    reader = readers.get(id(module)) or never_called(module)
     if reader is not None:
         weight.reader = reader
 

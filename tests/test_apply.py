@@ -1140,6 +1140,30 @@ def test_a_mask_on_an_output_projection_in_a_list_is_refused(device):
     lnprune.local_structured(pairs, 2, 2, 0, permanent=True)
 
 
+class Listing(nn.Module):
+    """Its forward reads parameters of a list, which is a module that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in range(2)])
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = x @ weight
+        return x
+
+
+def test_masks_in_a_list_of_parameters_are_refused(device):
+    model = Listing().to(device)
+    plan = lnprune.rank(model, 2, 0, include="weights.*").select(1)
+    with pytest.raises(ValueError, match=r"^weights\.0: what holds a ParameterList reads this weight"):
+        plan.apply()
+    with pytest.raises(ValueError, match=r"^0\.0: what holds a ParameterList reads this weight"):
+        lnprune.local_structured([(model.weights, "0")], 1, 2, 0)
+    plan.apply(permanent=True)
+    assert [int((weight == 0).all(dim=1).sum()) for weight in model.weights] == [1, 1]
+
+
 def test_what_a_module_calls_itself_is_masked(device):
     model = Calling().to(device)
     lnprune.local_structured(model, 2, 2, "out")

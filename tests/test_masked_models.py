@@ -184,6 +184,8 @@ def test_what_is_no_state_dict(device):
     with pytest.raises(TypeError, match=r"^state_dict: expected a mapping .*, got a module of"):
         lnprune.load_masked(model, masked(device))
     state = masked(device).state_dict()
+    with pytest.raises(TypeError, match=r"^strict: expected True or False, got 'yes'$"):
+        lnprune.load_masked(model, state, strict="yes")
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch\.inference_mode"):
         lnprune.load_masked(model, state)
     snapshot.assert_unchanged()
