@@ -90,14 +90,15 @@ def test_without_a_compiler_the_build_says_so(folder):
 
 @pytest.fixture
 def extensions(monkeypatch, capfd):
-    """Runs setup.py as a torch for CUDA would see it, with a folder on the PATH.
+    """Runs setup.py as a torch for CUDA 13.0 would see it, with a folder on the PATH and no GPU.
 
-    Returns where each extension looks for headers, and what is said.
+    Returns the extensions by name, and what is said.
     """
     exists = os.path.exists
     usual = "/usr/local/cuda"
     monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith(usual) and exists(path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.chdir(ROOT)
@@ -106,12 +107,12 @@ def extensions(monkeypatch, capfd):
         found = {}
 
         def setup(ext_modules, cmdclass):
-            found.update({one.name: one.include_dirs for one in ext_modules})
+            found.update({one.name: one for one in ext_modules})
             return types.SimpleNamespace(have_run=dict.fromkeys(commands, True))
 
         monkeypatch.setattr(setuptools, "setup", setup)
         monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
-        for variable in ("CUDA_HOME", "CUDA_PATH"):
+        for variable in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "LNPRUNE_DEBUG_INFO"):
             monkeypatch.delenv(variable, raising=False)
         for variable, value in environment.items():
             monkeypatch.setenv(variable, str(value))
@@ -121,10 +122,23 @@ def extensions(monkeypatch, capfd):
     return extensions_of
 
 
-def make_toolkit(home: pathlib.Path) -> pathlib.Path:
-    for name in ("bin/nvcc", "include/cuda_runtime.h"):
-        (home / name).parent.mkdir(parents=True)
-        (home / name).touch()
+CODES = (70, 75, 80, 86, 89, 90, 100, 110, 103, 120, 121)
+
+
+def make_toolkit(home: pathlib.Path, version="13.0", codes=CODES) -> pathlib.Path:
+    """A folder with an nvcc that says its version and the machine code that it makes."""
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    (home / "bin").mkdir()
+    listed = "\n".join([*(f"sm_{code}" for code in codes), "sm_90a", "sm_100f", "compute_130"])
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        f"""#!/bin/sh
+        [ $1 = --version ] && echo "Cuda compilation tools, release {version}, V{version}.88"
+        [ $1 = --list-gpu-code ] && echo "{listed}"
+        """
+    )
+    nvcc.chmod(0o755)
     return home
 
 
@@ -143,7 +157,7 @@ def wrapper(tmp_path):
 def test_the_toolkit_behind_a_wrapper_of_its_compiler_is_found(wrapper, extensions):
     path, home = wrapper
     found, said = extensions(path)
-    assert f"{home}/include" in found["lnprune._C_cuda"]
+    assert f"{home}/include" in found["lnprune._C_cuda"].include_dirs
     assert "CPU only" not in said
 
 
@@ -151,9 +165,59 @@ def test_a_toolkit_that_is_named_comes_first(wrapper, extensions, tmp_path):
     path, home = wrapper
     named = make_toolkit(tmp_path / "named")
     for variable in ("CUDA_HOME", "CUDA_PATH"):
-        assert f"{named}/include" in extensions(path, **{variable: named})[0]["lnprune._C_cuda"]
-    # One that is named and is not there: the one that is.
-    assert f"{home}/include" in extensions(path, CUDA_HOME=tmp_path)[0]["lnprune._C_cuda"]
+        found, _ = extensions(path, **{variable: named})
+        assert f"{named}/include" in found["lnprune._C_cuda"].include_dirs
+    # One that is named and is not there, or is for another CUDA: the one that fits.
+    for other in (tmp_path, make_toolkit(tmp_path / "other", "12.9")):
+        found, _ = extensions(path, CUDA_HOME=other)
+        assert f"{home}/include" in found["lnprune._C_cuda"].include_dirs
+
+
+def test_a_toolkit_of_another_major_version_leaves_the_cpu_and_a_warning(extensions, tmp_path):
+    home = make_toolkit(tmp_path / "toolkit", "12.9")
+    found, said = extensions(tmp_path, CUDA_HOME=home)
+    assert list(found) == ["lnprune._C"]
+    assert said.strip().splitlines()[-1] == (
+        "WARNING: lnprune was built for the CPU only. This torch has CUDA 13.0, but the toolkit is another:"
+        f" 12.9 in {home}. Name the folder of one for CUDA 13, which holds bin/nvcc and"
+        " include/cuda_runtime.h, in CUDA_HOME, and repeat."
+    )
+    # Another minor version is no obstacle.
+    found, said = extensions(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "newer", "13.2"))
+    assert "lnprune._C_cuda" in found
+    assert "CPU only" not in said
+
+
+def generated(extension) -> list[str]:
+    """The flags of an extension that say for which GPUs it is built."""
+    return [flag for flag in extension.extra_compile_args["nvcc"] if "arch" in flag]
+
+
+@pytest.mark.parametrize("named", [None, "", "native"])
+def test_without_a_gpu_all_that_the_toolkit_knows_are_built_for(named, extensions, tmp_path):
+    listed = {} if named is None else {"TORCH_CUDA_ARCH_LIST": named}
+    home = make_toolkit(tmp_path / "toolkit")
+    found, _ = extensions(tmp_path, CUDA_HOME=home, **listed)
+    machine = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in (75, 80, 90, 100, 110, 120)]
+    assert generated(found["lnprune._C_cuda"]) == [*machine, "-gencode=arch=compute_120,code=compute_120"]
+    # Only a later one of a major version.
+    home = make_toolkit(tmp_path / "few", codes=(72, 86, 89))
+    found, _ = extensions(tmp_path, CUDA_HOME=home, **listed)
+    assert generated(found["lnprune._C_cuda"]) == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_86,code=compute_86",
+    ]
+
+
+def test_architectures_that_are_named_and_gpus_that_are_there_are_left_to_torch(
+    extensions, tmp_path, monkeypatch
+):
+    home = make_toolkit(tmp_path / "toolkit")
+    found, _ = extensions(tmp_path, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0")
+    assert generated(found["lnprune._C_cuda"]) == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found, _ = extensions(tmp_path, CUDA_HOME=home)
+    assert generated(found["lnprune._C_cuda"]) == []
 
 
 @pytest.mark.parametrize(
@@ -167,9 +231,25 @@ def test_without_a_toolkit_the_build_ends_with_a_warning(nvcc, extensions, tmp_p
     assert list(found) == ["lnprune._C"]
     (last,) = said.strip().splitlines()[-1:]
     assert last.startswith("WARNING: lnprune was built for the CPU only.")
+    assert "no toolkit was found" in last
     assert "CUDA_HOME" in last
     # Where nothing is built, as for a wheel's metadata, nothing is said.
     assert "CPU only" not in extensions(tmp_path, ["egg_info"])[1]
+
+
+def test_debug_information_is_built_only_when_asked_for(extensions, tmp_path):
+    home = make_toolkit(tmp_path / "toolkit")
+    for wanted, environment in ((False, {}), (True, {"LNPRUNE_DEBUG_INFO": 1})):
+        found, _ = extensions(tmp_path, CUDA_HOME=home, **environment)
+        cpu, cuda = (found[name].extra_compile_args for name in ("lnprune._C", "lnprune._C_cuda"))
+        assert ["-g0" in flags for flags in (cpu, cuda["cxx"])] == [not wanted] * 2
+
+
+def test_the_library_has_its_symbols_and_no_debug_information():
+    sections = run(["readelf", "--section-headers", "--wide", lnprune._C.__file__])
+    assert sections.returncode == 0, sections.stderr
+    assert ".symtab" in sections.stdout
+    assert (".debug_info" in sections.stdout) == bool(os.environ.get("LNPRUNE_DEBUG_INFO"))
 
 
 def version_of(*command, **options) -> str:
@@ -273,14 +353,14 @@ def test_the_cuda_library_builds_loads_and_registers_without_a_gpu(oldest_torch,
     if cuda == "None" or not homes:
         pytest.skip(f"torch for CUDA {cuda}, toolkits with headers: {homes or 'none'}")
     copy_sources(folder)
-    environment = os.environ | {
-        "CUDA_HOME": homes[0],
-        "TORCH_CUDA_ARCH_LIST": "9.0",
-        "PYTHONPATH": str(folder),
-    }
+    environment = os.environ | {"CUDA_HOME": homes[0], "PYTHONPATH": str(folder)}
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)  # as in a container: nothing says for which GPUs
     build = [oldest_torch, "setup.py", "--quiet", "build_ext", "--inplace"]
     built = run(build, cwd=folder, env=environment)
     assert built.returncode == 0, built.stderr[-2000:]
+    sizes = {path.name.split(".")[0]: path.stat().st_size for path in (folder / "lnprune").glob("*.so")}
+    assert set(sizes) == {"_C", "_C_cuda"}
+    assert sizes["_C"] < 8 << 20, "no debug information"
     registered = run([oldest_torch, "-W", "ignore", "-c", REGISTERED], cwd="/", env=environment)
     assert registered.returncode == 0, registered.stderr
     built_with, running, has_cuda = registered.stdout.split()
