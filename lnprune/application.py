@@ -17,6 +17,9 @@ from lnprune.messages import NAMED_ERRORS, add_name
 from lnprune.norms import nonzero_counts
 from lnprune.parameters import Weight, current_tensor
 from lnprune.registration import ParameterState, Pruning, unregister
+from lnprune.torch_internals import (
+    own_parameters,
+)
 from lnprune.transaction import Transaction, Values, bits, from_bits, is_zero
 
 __all__ = ["Application", "Target", "install", "prune_in_place", "unmask"]
@@ -77,7 +80,7 @@ def unmask(
     """
     pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for name, module, attribute in places:
-        held = module._parameters.get(attribute + "_orig")
+        held = own_parameters(module).get(attribute + "_orig")
         if held is not None:
             masks.check_own_values(held, name)
         transaction.touch(module)
@@ -98,7 +101,7 @@ def prune_in_place(
     requests: dict[int, Request] = {}
     for target in targets:
         name, module, attribute, dim, amount, keep, scores = target
-        parameter = module._parameters.get(attribute)
+        parameter = own_parameters(module).get(attribute)
         if parameter is None or not masks.is_writable(parameter):
             if parameter is not None:
                 masks.check_own_values(parameter, name)
@@ -245,7 +248,7 @@ def _targets(weights: Sequence[Weight], flags: Sequence[Tensor], bias: bool) -> 
                 raise RuntimeError(
                     f"{name}: expected shape {weight.shape}, as it was ranked, got {tuple(tensor.shape)}"
                 )
-            if attribute in module._parameters:
+            if attribute in own_parameters(module):
                 other, dim = dims.setdefault(id(tensor), (name, weight.dim))
                 if dim != weight.dim:
                     raise RuntimeError(

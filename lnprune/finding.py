@@ -12,6 +12,11 @@ from torch.nn.utils import parametrize
 
 from lnprune.layer_types import KNOWN, Dims, known_weights, uncalled_children, wrapped_child
 from lnprune.messages import shown
+from lnprune.torch_internals import (
+    own_buffers,
+    own_modules,
+    own_parameters,
+)
 
 __all__ = ["Found", "Pattern", "Patterns", "find", "is_masked", "named_modules", "parameter_of", "uncalled"]
 
@@ -31,14 +36,14 @@ class Found(NamedTuple):
 
 def is_masked(module: nn.Module, attribute: str) -> bool:
     """Whether the attribute is a masked weight. Spectral norm has an ``_orig`` too, but no mask."""
-    return attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers
+    return attribute + "_orig" in own_parameters(module) and attribute + "_mask" in own_buffers(module)
 
 
 def parameter_of(module: nn.Module, attribute: str) -> Tensor | None:
     """The parameter behind an attribute, masked or not."""
-    parameter = module._parameters.get(attribute)
+    parameter = own_parameters(module).get(attribute)
     if parameter is None and is_masked(module, attribute):
-        return module._parameters[attribute + "_orig"]
+        return own_parameters(module)[attribute + "_orig"]
     return parameter
 
 
@@ -57,7 +62,7 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple
             walk(child, path)
             return
         found.append((path, module))
-        for name, child in module._modules.items():
+        for name, child in own_modules(module).items():
             if child is not None:
                 walk(child, f"{path}.{name}" if path else name)
 
@@ -203,7 +208,7 @@ def _places(modules: Sequence[tuple[str, nn.Module]], found: Sequence[Found]) ->
     seen: set[int] = set()
     places: dict[int, list[Found]] = {}
     for _, module in modules:
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if id(parameter) in seen and parameter is not None:
                 places[id(parameter)] = []
             seen.add(id(parameter))
@@ -216,7 +221,7 @@ def _places(modules: Sequence[tuple[str, nn.Module]], found: Sequence[Found]) ->
         if id(held) in places:
             places[id(held)].append(entry)
     for path, module in modules:
-        for key, parameter in module._parameters.items():
+        for key, parameter in own_parameters(module).items():
             if id(parameter) in places:
                 attribute = _attribute(module, key)
                 if (id(module), attribute) not in there:
@@ -229,7 +234,7 @@ def _others(modules: Sequence[tuple[str, nn.Module]], known: Sequence[Found]) ->
     there = {(id(entry.module), entry.attribute) for entry in known}
     others = []
     for path, module in modules:
-        for key, parameter in module._parameters.items():
+        for key, parameter in own_parameters(module).items():
             if not _has_channels(parameter):
                 continue
             attribute = _attribute(module, key)

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lnprune.torch_internals import (
+    WRAPPED_CHILDREN,
+    NonDynamicallyQuantizableLinear,
+    own_modules,
+    projects_apart,
+)
 
 __all__ = [
     "KNOWN",
@@ -31,7 +36,8 @@ class Dims(NamedTuple):
 
 
 _ROWS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_COLUMNS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_COLUMNS = (*_TRANSPOSED, nn.Embedding)
 # Of nn.MultiheadAttention: all three in one, or, where keys and values have sizes of their own, apart.
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 # Types of other packages, by the names of their classes, so that nothing is imported.
@@ -68,8 +74,7 @@ def _weights_of_type(kind: type) -> Mapping[str, Dims]:
 def known_weights(module: nn.Module) -> Mapping[str, Dims]:
     """The attributes of a module that are weights, where its type is known, each with its dims."""
     if isinstance(module, nn.MultiheadAttention):
-        apart = not getattr(module, "_qkv_same_embed_dim", True)
-        return dict.fromkeys(_PROJECTIONS if apart else ("in_proj_weight",), Dims(0, 1))
+        return dict.fromkeys(_PROJECTIONS if projects_apart(module) else ("in_proj_weight",), Dims(0, 1))
     return _weights_of_type(type(module))  # type: ignore[arg-type]
 
 
@@ -89,7 +94,7 @@ def bias_part(module: nn.Module, attribute: str) -> BiasPart:
             return BiasPart("in_proj_bias", _PROJECTIONS.index(attribute), len(_PROJECTIONS))
         return BiasPart("in_proj_bias")
     # A transposed convolution has a bias for each channel of each group.
-    repeats = module.groups if isinstance(module, _ConvTransposeNd) else 1
+    repeats = module.groups if isinstance(module, _TRANSPOSED) else 1
     return BiasPart("bias", repeats=repeats)
 
 
@@ -113,7 +118,7 @@ def uncalled_children(module: nn.Module) -> list[nn.Module]:
     names = _uncalled_of_type(type(module))  # type: ignore[arg-type]
     if not names or "forward" in vars(module):
         return []
-    return [child for name in names if (child := module._modules.get(name)) is not None]
+    return [child for name in names if (child := own_modules(module).get(name)) is not None]
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -128,9 +133,8 @@ def never_called(module: nn.Module) -> str | None:
     return None
 
 
-# Wrappers: the name of the wrapped child where no other module has such a one, or the wrapper's type, whose
-# child is called `module`.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Wrappers that call their child `module`, as others may too. WRAPPED_CHILDREN are the names that only
+# wrappers have.
 _WRAPPERS = (
     "torch.nn.parallel.distributed.DistributedDataParallel",
     "torch.nn.parallel.data_parallel.DataParallel",
@@ -140,10 +144,10 @@ _WRAPPERS = (
 
 def wrapped_child(module: nn.Module) -> nn.Module | None:
     """The module that this one is only a wrapper of: compiled, parallel, averaged."""
-    children = module._modules
+    children = own_modules(module)
     if not children:
         return None
-    for name in _WRAPPED:
+    for name in WRAPPED_CHILDREN:
         if (child := children.get(name)) is not None:
             return child
     if "module" in children and any(name in _WRAPPERS for name in _names(type(module))):  # type: ignore[arg-type]
@@ -153,7 +157,7 @@ def wrapped_child(module: nn.Module) -> nn.Module | None:
 
 def bare_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
-    parts = [part for part in name.split(".") if part not in _WRAPPED]
+    parts = [part for part in name.split(".") if part not in WRAPPED_CHILDREN]
     while len(parts) > 1 and parts[0] == "module":
         del parts[0]
     return ".".join(parts)

@@ -11,6 +11,12 @@ from torch.nn.utils import prune as stock
 
 from lnprune.messages import check_flags, shown
 from lnprune.registration import check_not_in_inference_mode
+from lnprune.torch_internals import (
+    own_buffers,
+    own_parameters,
+    own_pre_hooks,
+    pruned_name,
+)
 from lnprune.transaction import Transaction
 
 __all__ = ["load_masked", "renew_masked"]
@@ -58,9 +64,9 @@ def load_masked(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool
         with Transaction() as transaction:
             places = _places(model, state_dict)
             for module, attribute in places:
-                check_not_in_inference_mode(module._parameters[attribute])
+                check_not_in_inference_mode(own_parameters(module)[attribute])
                 transaction.touch(module)
-                ones = torch.ones_like(module._parameters[attribute], requires_grad=False)  # type: ignore[arg-type]
+                ones = torch.ones_like(own_parameters(module)[attribute], requires_grad=False)  # type: ignore[arg-type]
                 stock.custom_from_mask(module, attribute, ones)
             loaded = model.load_state_dict(state_dict, strict=strict)
             _share_masks(places)
@@ -83,7 +89,7 @@ def _places(model: nn.Module, state_dict: Mapping[str, Any]) -> list[tuple[nn.Mo
             continue
         path, _, attribute = name.rpartition(".")
         module = modules.get(path)
-        parameter = None if module is None else module._parameters.get(attribute)
+        parameter = None if module is None else own_parameters(module).get(attribute)
         if module is not None and parameter is not None and not nn.parameter.is_lazy(parameter):
             found[id(module), attribute] = module, attribute
     return list(found.values())
@@ -93,19 +99,20 @@ def _share_masks(places: Sequence[tuple[nn.Module, str]]) -> None:
     """One mask, where it is equal, for places of one parameter; and for each with its hook."""
     masks: dict[int, Tensor] = {}
     for module, attribute in places:
-        original, mask = module._parameters[attribute + "_orig"], module._buffers[attribute + "_mask"]
+        original = own_parameters(module)[attribute + "_orig"]
+        mask = own_buffers(module)[attribute + "_mask"]
         assert mask is not None
         first = masks.setdefault(id(original), mask)
         if first is not mask and torch.equal(first, mask):
-            module._buffers[attribute + "_mask"] = mask = first
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, stock.CustomFromMask) and hook._tensor_name == attribute:
+            own_buffers(module)[attribute + "_mask"] = mask = first
+        for hook in own_pre_hooks(module).values():
+            if isinstance(hook, stock.CustomFromMask) and pruned_name(hook) == attribute:
                 hook.mask = mask
 
 
 def _renew(model: nn.Module, transaction: Transaction) -> None:
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
+        for hook in list(own_pre_hooks(module).values()):
             if isinstance(hook, stock.BasePruningMethod):
                 transaction.touch(module)
                 hook(module, None)

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lnprune import ops, reference
 from lnprune.messages import NAMED_ERRORS, add_name
 from lnprune.norms import channel_norms, check_order, native_order
+from lnprune.torch_internals import (
+    OperatorMode,
+    compute_nparams_toprune,
+    foreach_mul_,
+    validate_pruning_amount,
+    validate_pruning_amount_init,
+    validate_pruning_dim,
+    validate_structured_pruning,
+)
 from lnprune.transaction import Transaction, Values
 
 __all__ = [
@@ -73,13 +81,13 @@ class Request:
 def pruned_count(tensor: Tensor, amount: Amount, dim: int) -> int:
     """How many channels to prune, after the reference's checks in the reference's order."""
     if tensor.dim() < 2:
-        stock._validate_structured_pruning(tensor)
-    stock._validate_pruning_dim(tensor, dim)
+        validate_structured_pruning(tensor)
+    validate_pruning_dim(tensor, dim)
     channels = tensor.shape[dim]
     if type(amount) is float:
         return round(amount * channels)
-    count = stock._compute_nparams_toprune(amount, channels)
-    stock._validate_pruning_amount(count, channels)
+    count = compute_nparams_toprune(amount, channels)
+    validate_pruning_amount(count, channels)
     return int(count)
 
 
@@ -249,8 +257,8 @@ def _prepare(request: Request, n: Any, p: float | None) -> bool:
     else:
         # Compared with the channels left, which on a GPU is waited for.
         alive = int(torch.count_nonzero(ops.channel_norms([request.layout], [dim], 0.0)[0]))
-        count = stock._compute_nparams_toprune(amount, alive)
-        stock._validate_pruning_amount(count, alive)
+        count = compute_nparams_toprune(amount, alive)
+        validate_pruning_amount(count, alive)
         request.count, request.fraction = int(count), 0.0
     return True
 
@@ -272,7 +280,7 @@ def _plain_mask(request: Request, n: Any) -> Tensor:
     return container.compute_mask(scores, default_mask=default_mask)
 
 
-class _Product(TorchDispatchMode):
+class _Product(OperatorMode):
     """Answers the one multiplication inside with a product that is at hand.
 
     Autograd, above the dispatch mode, records torch's own MulBackward0 all the same. A function of
@@ -280,11 +288,6 @@ class _Product(TorchDispatchMode):
     """
 
     product: Tensor
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Torch's wrapper around __torch_dispatch__ would import the whole compiler on the first call.
-        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.ops.aten.mul.Tensor:
@@ -395,7 +398,7 @@ def write_in_place(
         ops.zero_channels_(tensors, flags, dims)
     with torch.no_grad():
         for round_ in rounds:
-            torch._foreach_mul_(*map(list, zip(*round_, strict=True)))
+            foreach_mul_(*map(list, zip(*round_, strict=True)))
 
 
 def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list[Request], list[Request]]:
@@ -417,7 +420,7 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
         if request.keep is None:
             try:
                 if request.amount is not checked:
-                    stock._validate_pruning_amount_init(request.amount)
+                    validate_pruning_amount_init(request.amount)
                     checked = request.amount
                 request.count = pruned_count(scores, request.amount, request.dim)
                 together = scores is tensor or ops.are_native(scores, tensor)

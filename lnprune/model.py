@@ -15,6 +15,10 @@ from lnprune.parameters import Dim, Parameters, Patterns, collect, per_weight
 from lnprune.prune import Order
 from lnprune.ranking import rank, scores_of
 from lnprune.selection import Normalize, Of
+from lnprune.torch_internals import (
+    own_pre_hooks,
+    pruned_name,
+)
 from lnprune.transaction import Transaction
 
 __all__ = ["global_structured", "local_structured", "remove_all"]
@@ -160,9 +164,9 @@ def remove_all(model: nn.Module) -> nn.Module:
         []
     """
     places = [
-        (f"{path}.{hook._tensor_name}" if path else hook._tensor_name, module, hook._tensor_name)
+        (f"{path}.{pruned_name(hook)}" if path else pruned_name(hook), module, pruned_name(hook))
         for path, module in model.named_modules()
-        for hook in module._forward_pre_hooks.values()
+        for hook in own_pre_hooks(module).values()
         if isinstance(hook, stock.BasePruningMethod)
     ]
     with Transaction() as transaction:

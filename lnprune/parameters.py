@@ -14,6 +14,11 @@ from torch.nn.utils import parametrize
 from lnprune.finding import Found, Patterns, find, is_masked, named_modules, uncalled
 from lnprune.layer_types import KNOWN, bare_name, known_weights, never_called
 from lnprune.messages import shown
+from lnprune.torch_internals import (
+    own_buffers,
+    own_modules,
+    own_parameters,
+)
 
 __all__ = [
     "Dim",
@@ -99,14 +104,14 @@ def check_not_parametrized(module: nn.Module, attribute: str, name: str = "") ->
 def current_tensor(module: nn.Module, attribute: str, name: str) -> Tensor:
     """The parameter, or where it is pruned, the masked weight."""
     check_is_eager(module)
-    parameter = module._parameters.get(attribute)
+    parameter = own_parameters(module).get(attribute)
     if parameter is not None:
         return parameter
     if is_masked(module, attribute):
         return getattr(module, attribute)
     check_not_parametrized(module, attribute, name)
     known = []
-    for key, value in module._parameters.items():
+    for key, value in own_parameters(module).items():
         stem = key.removesuffix("_orig")
         if value is not None:
             known.append(stem if is_masked(module, stem) else key)
@@ -118,7 +123,7 @@ def current_tensor(module: nn.Module, attribute: str, name: str) -> Tensor:
 
 def _what_it_is(module: nn.Module, attribute: str) -> str:
     """What a message says of an attribute that is no parameter. No property of the module is computed."""
-    for registry in (module._parameters, module._buffers, module._modules):
+    for registry in (own_parameters(module), own_buffers(module), own_modules(module)):
         if attribute in registry:
             return f", which is {type(registry[attribute]).__name__}"
     try:
@@ -242,10 +247,11 @@ def collect(
             raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
         given_dim, along = along, along % dims
         identity: Any = id(tensor)
-        if attribute not in module._parameters:  # its masked weight is its own, its original may be shared
+        if attribute not in own_parameters(module):
+            # Its masked weight is its own, its original may be shared.
             identity = (
-                id(module._parameters[attribute + "_orig"]),
-                id(module._buffers[attribute + "_mask"]),
+                id(own_parameters(module)[attribute + "_orig"]),
+                id(own_buffers(module)[attribute + "_mask"]),
             )
         weight = by_identity.get(identity)
         if weight is None:

@@ -15,6 +15,11 @@ from lnprune.application import Target, install
 from lnprune.finding import parameter_of
 from lnprune.masks import Amount
 from lnprune.registration import check_not_in_inference_mode
+from lnprune.torch_internals import (
+    validate_pruning_amount_init,
+    validate_pruning_dim,
+    validate_structured_pruning,
+)
 from lnprune.transaction import Snapshot, Transaction
 
 __all__ = ["LnStructured", "Order", "apply", "channel_mask", "channel_norms", "ln_structured"]
@@ -212,8 +217,8 @@ def channel_norms(tensor: Tensor, n: Order, dim: int) -> Tensor:
     The definition is that of :func:`torch.linalg.vector_norm`.
     """
     check_dim_is_no_word(dim)
-    stock._validate_structured_pruning(tensor)
-    stock._validate_pruning_dim(tensor, dim)
+    validate_structured_pruning(tensor)
+    validate_pruning_dim(tensor, dim)
     tensor.shape[dim]  # raises where dim is below the range
     return norms.channel_norms([tensor], n, [operator.index(dim)])[0]
 
@@ -241,5 +246,5 @@ def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
         tensor([ True, False,  True])
     """
     check_dim_is_no_word(dim)
-    stock._validate_pruning_amount_init(amount)
+    validate_pruning_amount_init(amount)
     return masks.keep_flags(tensor, n, dim, masks.pruned_count(tensor, amount, dim))

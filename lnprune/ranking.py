@@ -17,6 +17,10 @@ from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, per_w
 from lnprune.plan import Plan
 from lnprune.prune import Order
 from lnprune.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
+from lnprune.torch_internals import (
+    own_buffers,
+    own_parameters,
+)
 
 __all__ = ["Ranking", "rank", "scores_of"]
 
@@ -122,8 +126,9 @@ def rank(
     masks: dict[int, Tensor] = {}
     for i, weight in enumerate(weights):
         module, attribute = weight.places[0]
-        if attribute not in module._parameters:
-            mask, original = module._buffers[attribute + "_mask"], module._parameters[attribute + "_orig"]
+        if attribute not in own_parameters(module):
+            mask = own_buffers(module)[attribute + "_mask"]
+            original = own_parameters(module)[attribute + "_orig"]
             masks[i] = mask  # type: ignore[assignment]
             with torch.no_grad():
                 tensors[i] = masked(mask, original)  # type: ignore[arg-type]

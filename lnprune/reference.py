@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import prune as stock
+
+from lnprune.torch_internals import (
+    compute_norm,
+)
 
 __all__ = [
     "channel_norms",
@@ -55,7 +58,7 @@ def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
     check_slices(tensor, n, dim)
     if isinstance(n, str) and n == "nuc":
         return torch.norm(_widened(tensor), p=n, dim=other_dims(tensor, dim))
-    return stock._compute_norm(_widened(tensor), n, dim)
+    return compute_norm(_widened(tensor), n, dim)
 
 
 def check_slices(tensor: Tensor, n: Any, dim: int) -> None:
@@ -70,7 +73,7 @@ def check_slices(tensor: Tensor, n: Any, dim: int) -> None:
 def torch_norms(scores: Tensor, n: Any, dim: int) -> Tensor:
     """Torch's own norms, in the dtype of the scores."""
     check_slices(scores, n, dim)
-    return stock._compute_norm(scores.detach(), n, dim)
+    return compute_norm(scores.detach(), n, dim)
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -7,13 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune.finding import parameter_of
 from lnprune.masks import Request, masked
 from lnprune.parameters import check_not_parametrized
+from lnprune.torch_internals import (
+    own_buffers,
+    own_modules,
+    own_parameters,
+    own_pre_hooks,
+    own_transient_buffers,
+    pruned_name,
+    pruning_methods,
+    registrations_are_watched,
+    set_pruned_name,
+    set_pruning_methods,
+)
 from lnprune.transaction import bits
 
 __all__ = ["ParameterState", "Pruning", "check_not_in_inference_mode", "unregister"]
@@ -35,12 +46,12 @@ def _is_vector(module: nn.Module, attribute: str) -> bool:
 
 def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None:
     """Removes the parameter's pruning hook, if any, and returns it."""
-    if not module._forward_pre_hooks:
+    if not own_pre_hooks(module):
         return None
     found = [
         (key, hook)
-        for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, stock.BasePruningMethod) and hook._tensor_name == name
+        for key, hook in own_pre_hooks(module).items()
+        if isinstance(hook, stock.BasePruningMethod) and pruned_name(hook) == name
     ]
     if len(found) > 1:
         raise AssertionError(
@@ -48,7 +59,7 @@ def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None
             f"same tensor {name} of module {module}. Use a PruningContainer."
         )
     for key, hook in found:
-        del module._forward_pre_hooks[key]
+        del own_pre_hooks(module)[key]
         return hook
     return None
 
@@ -66,7 +77,7 @@ def _is_free(module: nn.Module, attribute: str) -> bool:
     kind = type(module)
     attributes = module.__dict__
     original, mask = attribute + "_orig", attribute + "_mask"
-    for registry in (attributes, module._parameters, module._buffers, module._modules):
+    for registry in (attributes, own_parameters(module), own_buffers(module), own_modules(module)):
         if original in registry or mask in registry:
             return False
     return not (
@@ -74,8 +85,7 @@ def _is_free(module: nn.Module, attribute: str) -> bool:
         or "register_parameter" in attributes
         or "register_buffer" in attributes
         or attribute in attributes
-        or torch_module._global_parameter_registration_hooks
-        or torch_module._global_buffer_registration_hooks
+        or registrations_are_watched()
         or hasattr(kind, attribute)
         or hasattr(kind, original)
         or hasattr(kind, mask)
@@ -109,12 +119,12 @@ class Pruning(Request):
             new = stock.CustomFromMask(keep)
         else:
             new = StockLnStructured(int(keep.numel() - keep.sum()), n, dim)
-        new._tensor_name = attribute
+        set_pruned_name(new, attribute)
         self.new = self.method = new
         if old is not None:
             self.method = old if isinstance(old, stock.PruningContainer) else stock.PruningContainer(old)
             self.method.add_pruning_method(new)
-        current = module._parameters.get(attribute)
+        current = own_parameters(module).get(attribute)
         if current is None:
             if old is None:
                 check_not_parametrized(module, attribute)
@@ -129,10 +139,10 @@ class Pruning(Request):
         if old is None:
             super().__init__(scores, current, dim, amount, keep, name)
             if self.is_free and type(current) is nn.Parameter and current.grad_fn is None:
-                module._parameters[attribute + "_orig"] = current
+                own_parameters(module)[attribute + "_orig"] = current
             else:
                 module.register_parameter(attribute + "_orig", current)
-            del module._parameters[attribute]
+            del own_parameters(module)[attribute]
             return
         original = getattr(module, attribute + "_orig")
         # Flags are written into masks of the original's layout.
@@ -146,8 +156,8 @@ class Pruning(Request):
         """The second half, when there are mask and weight."""
         module, name = self.module, self.attribute
         if self.is_free:
-            module._buffers[name + "_mask"] = self.mask
-            module._non_persistent_buffers_set.discard(name + "_mask")
+            own_buffers(module)[name + "_mask"] = self.mask
+            own_transient_buffers(module).discard(name + "_mask")
             module.__dict__[name] = self.weight
         else:
             module.register_buffer(name + "_mask", self.mask)
@@ -164,13 +174,13 @@ def unregister(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
         the parameter and the mask.
     """
     _detach_hook(module, name)
-    original = module._parameters[name + "_orig"]
-    mask = module._buffers[name + "_mask"]
+    original = own_parameters(module)[name + "_orig"]
+    mask = own_buffers(module)[name + "_mask"]
     assert original is not None
     assert mask is not None
     if hasattr(module, name):
         delattr(module, name)
-    del module._parameters[name + "_orig"]
+    del own_parameters(module)[name + "_orig"]
     delattr(module, name + "_mask")
     setattr(module, name, original)
     return original, mask
@@ -181,22 +191,22 @@ class ParameterState:
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
-        self.parameter = module._parameters.get(name)
-        self.original = module._parameters.get(name + "_orig")
-        self.mask = module._buffers.get(name + "_mask")
+        self.parameter = own_parameters(module).get(name)
+        self.original = own_parameters(module).get(name + "_orig")
+        self.mask = own_buffers(module).get(name + "_mask")
         self.hook: Any = None
         self.hook_key = None
-        for key, hook in module._forward_pre_hooks.items():
-            if isinstance(hook, stock.BasePruningMethod) and hook._tensor_name == name:
+        for key, hook in own_pre_hooks(module).items():
+            if isinstance(hook, stock.BasePruningMethod) and pruned_name(hook) == name:
                 self.hook, self.hook_key = hook, key
-        self.methods = self.hook._pruning_methods if isinstance(self.hook, stock.PruningContainer) else None
+        self.methods = pruning_methods(self.hook) if isinstance(self.hook, stock.PruningContainer) else None
         self.orders = [list(registry) for registry in self._registries()]
         held = self.original if self.parameter is None else self.parameter
         self.dtype = None if held is None else held.dtype
 
     def _registries(self) -> tuple[Any, Any, Any]:
         module = self.module
-        return module._parameters, module._buffers, module._forward_pre_hooks
+        return own_parameters(module), own_buffers(module), own_pre_hooks(module)
 
     def is_current(self) -> bool:
         """Whether the parameter is registered now as it was then, conversions of dtype and device aside."""
@@ -217,7 +227,7 @@ class ParameterState:
         module, name = self.module, self.name
         parameters, buffers, hooks = self._registries()
         for key, hook in list(hooks.items()):
-            if isinstance(hook, stock.BasePruningMethod) and hook._tensor_name == name:
+            if isinstance(hook, stock.BasePruningMethod) and pruned_name(hook) == name:
                 del hooks[key]
         parameters.pop(name + "_orig", None)
         parameters.pop(name, None)
@@ -225,7 +235,7 @@ class ParameterState:
         module.__dict__.pop(name, None)
         if self.hook is not None:
             if self.methods is not None:
-                self.hook._pruning_methods = self.methods
+                set_pruning_methods(self.hook, self.methods)
             hooks[self.hook_key] = self.hook
         if self.original is not None:
             module.register_parameter(name + "_orig", self.original)

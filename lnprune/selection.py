@@ -11,10 +11,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.utils import prune as stock
 
 from lnprune import ops
 from lnprune.messages import NAMED_ERRORS, add_name
+from lnprune.torch_internals import (
+    compute_nparams_toprune,
+    validate_pruning_amount_init,
+)
 
 __all__ = [
     "LEAST",
@@ -76,8 +79,8 @@ def kept_of(amount: int | float, total: int, of: str) -> int:
         return total - round(amount * total)
     if isinstance(amount, bool):
         raise TypeError(f"amount: expected a count, or a share from 0 to 1, got {amount}")
-    stock._validate_pruning_amount_init(amount)
-    pruned = int(stock._compute_nparams_toprune(amount, total))
+    validate_pruning_amount_init(amount)
+    pruned = int(compute_nparams_toprune(amount, total))
     if pruned > total:
         raise ValueError(f"amount={amount} is more than the {total} {of} that are left to prune")
     return total - pruned

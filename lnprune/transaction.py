@@ -10,6 +10,14 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import prune as stock
 
 from lnprune.parameters import check_is_eager
+from lnprune.torch_internals import (
+    own_buffers,
+    own_parameters,
+    own_pre_hooks,
+    own_transient_buffers,
+    pruning_methods,
+    set_pruning_methods,
+)
 
 __all__ = ["Snapshot", "Transaction", "Values", "bits", "from_bits", "is_zero"]
 
@@ -21,36 +29,28 @@ class Snapshot:
         check_is_eager(module)
         self.module = module
         self.attributes = attributes = module.__dict__.copy()
-        self.parameters = attributes["_parameters"].copy()
-        self.buffers = attributes["_buffers"].copy()
-        self.transient = attributes["_non_persistent_buffers_set"].copy()
-        self.hooks = attributes["_forward_pre_hooks"].copy()
+        registries = (own_parameters, own_buffers, own_transient_buffers, own_pre_hooks)
+        self.held: list[tuple[Any, Any]] = [(own(module), own(module).copy()) for own in registries]
         # Lists of parameters that a module of its own __setattr__ keeps beside them, as an RNN does.
         self.lists: list[tuple[list, list]] = []
         if type(module).__setattr__ is not nn.Module.__setattr__:
             self.lists = [(v, v.copy()) for v in attributes.values() if type(v) is list]
         self.methods: list[tuple[stock.PruningContainer, Any]] = [
-            (hook, hook._pruning_methods)
-            for hook in self.hooks.values()
+            (hook, pruning_methods(hook))
+            for hook in own_pre_hooks(module).values()
             if isinstance(hook, stock.PruningContainer)
         ]
 
     def restore(self) -> None:
-        attributes = self.attributes
         self.module.__dict__.clear()
-        self.module.__dict__.update(attributes)
-        for name, content in (
-            ("_parameters", self.parameters),
-            ("_buffers", self.buffers),
-            ("_non_persistent_buffers_set", self.transient),
-            ("_forward_pre_hooks", self.hooks),
-        ):
-            attributes[name].clear()
-            attributes[name].update(content)
+        self.module.__dict__.update(self.attributes)
+        for held, content in self.held:
+            held.clear()
+            held.update(content)
         for value, content in self.lists:
             value[:] = content
-        for hook, pruning_methods in self.methods:
-            hook._pruning_methods = pruning_methods
+        for hook, methods in self.methods:
+            set_pruning_methods(hook, methods)
 
 
 class Transaction:
