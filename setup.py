@@ -98,7 +98,8 @@ if torch.version.cuda is not None:
         named = os.environ.get("TORCH_CUDA_ARCH_LIST", "") not in ("", "native")
         if not named and torch.cuda.device_count() == 0:
             NVCC_FLAGS += architectures(f"{home}/bin/nvcc")
-        flags = {"cxx": [*COMPILE_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
+        # Headers that both compilers read hold pragmas of nvcc's.
+        flags = {"cxx": [*COMPILE_FLAGS, "-DUSE_CUDA", "-Wno-unknown-pragmas"], "nvcc": NVCC_FLAGS}
         sources = sorted(glob.glob("csrc/cuda/*.c*"))
         EXTENSIONS.append(cpp_extension.CUDAExtension("lnprune._C_cuda", sources, extra_compile_args=flags))
     else:

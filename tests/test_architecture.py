@@ -92,14 +92,55 @@ def test_every_module_says_its_purpose(name):
     assert len(ast.get_docstring(ast.parse(PYTHON[name].read_text())).splitlines()[0]) > 20
 
 
+# The functions of ops.py and reference.py, by what they do.
+ASK = {"is_native", "are_native", "has_cuda"}
+RANK = {"channel_norms", "channel_sums", "norms_of_sums", "torch_norms"}
+WRITE = {"write_masks", "write_mask", "prune_channels", "prune_channels_", "zero_channels_"}
+
+
+def steps_taken(source: str) -> set[str]:
+    """What a source uses of ops.py and reference.py, and of the native ops past them."""
+    found = set()
+    tree = ast.parse(source)
+    aliases = {"ops", "reference", "_C"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "lnprune":
+            aliases |= {
+                alias.asname for alias in node.names if alias.asname and alias.name in ("ops", "reference")
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module in ("lnprune.ops", "lnprune.reference"):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("lnprune") for alias in node.names), "one way to import"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            path = ast.unparse(node.value)
+            if path in aliases or path == "torch.ops.lnprune":
+                found.add(node.attr)
+    return found
+
+
+def test_the_steps_that_a_source_takes_are_seen():
+    for source in (
+        "from lnprune import ops; ops.write_masks()",
+        "from lnprune.ops import write_masks",
+        "from lnprune import ops as native; native.write_masks()",
+        "import torch; torch.ops.lnprune.write_masks()",
+        "from lnprune import ops; write = ops.write_masks",
+    ):
+        assert steps_taken(source) & WRITE == {"write_masks"}, source
+
+
 def test_one_place_ranks_and_one_writes():
-    """They alone ask whether the native code takes a tensor."""
-    ask = {
-        name
-        for name, path in PYTHON.items()
-        if re.search(r"\b(?:is|are)_native\(", path.read_text()) and name != "ops"
+    taken = {name: steps_taken(path.read_text()) for name, path in PYTHON.items()}
+    rooms = {
+        what: {name for name, steps in taken.items() if steps & functions} - {"ops", "reference"}
+        for what, functions in (("ask", ASK), ("rank", RANK), ("write", WRITE))
     }
-    assert ask == {"norms", "masks"}
+    assert rooms["ask"] == {"norms", "masks"}
+    # Selection ranks groups of norms. What masks ranks, it writes too.
+    assert rooms["rank"] == {"norms", "masks", "selection"}
+    assert rooms["write"] == {"masks"}
 
 
 @pytest.mark.parametrize("name", ["selection", "plan_file", "report", "reference", "norms"])

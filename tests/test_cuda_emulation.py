@@ -561,8 +561,8 @@ BUGS = {
     "bucket_read_before_a_barrier": Bug(
         "barrier of the select step",
         "select_block.h",
-        "shared->survivors = 0;\n      }\n      __syncthreads();\n",
-        "shared->survivors = 0;\n      }\n",
+        "shared->above = above;\n      }\n      __syncthreads();\n",
+        "shared->above = above;\n      }\n",
         check_selection,
         built_into=("topk.cu",),
     ),
@@ -578,9 +578,8 @@ BUGS = {
     "survivors_read_before_a_barrier": Bug(
         "barrier of the select step",
         "select_block.h",
-        "      }\n    }\n    __syncthreads();\n#pragma unroll\n    for (int k = 0; k < kKeys; ++k) {\n"
-        "      const int at",
-        "      }\n    }\n#pragma unroll\n    for (int k = 0; k < kKeys; ++k) {\n      const int at",
+        "    __syncthreads();\n    const unsigned count",
+        "    const unsigned count",
         check_large_selection,
         built_into=("topk.cu",),
     ),
@@ -831,6 +830,40 @@ FAILURES = {
 }
 
 
+def check_selection_ends(native: Any) -> None:
+    """A selection among norms that change meanwhile ends, within its memory. What it keeps is open."""
+    for channels in (20_000, 20_001, 30_000):
+        for norms in norms_to_choose_from(channels):
+            [keep] = OPS.select_channels([norms], [], [channels // 2], [0.0])
+            assert keep.shape == (channels,)
+
+
+# When another stream writes to norms that are loaded several times.
+CHANGES = {
+    "norms_that_change_from_pass_to_pass": "loads / 20'000 % 2 == 1",
+    "norms_that_change_now_and_then": "loads % 5 == 0",
+    "norms_that_change_after_the_first_pass": "loads > 20'000",
+}
+OVERWRITTEN = {
+    name: Bug(
+        "norms overwritten meanwhile",
+        "select_block.h",
+        "                                              : load_cached(address);\n",
+        f"""                                              : changed(load_cached(address));
+  }}
+
+  static double changed(double norm) {{
+    static uint64_t loads = 0;
+    ++loads;
+    return {condition} ? bit_cast<double>(loads * 0x9e3779b97f4a7c15ull) : norm;
+""",
+        check_selection_ends,
+        built_into=("topk.cu",),
+    )
+    for name, condition in CHANGES.items()
+}
+
+
 @pytest.fixture(scope="module")
 def verdicts(request, module):
     """What the checks say of the bugs whose tests are to run: several at a time, ahead of the tests."""
@@ -848,7 +881,7 @@ def verdict(name: str) -> str:
         patched.mkdir()
         for kernel, text in kernels_to_judge(name).items():
             (patched / kernel).write_text(text)
-        checks = CHECKS if name == NO_BUG else [(BUGS | FAILURES)[name].check]
+        checks = CHECKS if name == NO_BUG else [(BUGS | FAILURES | OVERWRITTEN)[name].check]
         receiver, sender = PROCESSES.Pipe(duplex=False)
         process = PROCESSES.Process(target=judge, args=(sender, patched, checks, SEED))
         process.start()
@@ -874,7 +907,7 @@ def kernels_to_judge(name: str) -> dict[str, str]:
     kernels = {kernel: (KERNELS / kernel).read_text() for kernel in emulated_cuda.KERNELS}
     if name == NO_BUG:
         return kernels
-    bug = (BUGS | FAILURES)[name]
+    bug = (BUGS | FAILURES | OVERWRITTEN)[name]
     original = (KERNELS / bug.kernel).read_text()
     assert original.count(bug.text) == 1, f"the text to replace is not once in {bug.kernel}: {bug.text}"
     return {kernel: kernels[kernel] for kernel in bug.built_into} | {
@@ -933,6 +966,11 @@ def test_failure_names_thread_and_line_and_ends_one_call(name, verdicts):
     line = next((number for number, text in enumerate(lines, 1) if text.endswith("// marked")), 0)
     pattern = bug.says.replace("{line}", str(line)).replace("{next_line}", str(line + 1))
     assert re.search(pattern, verdicts[name].result())
+
+
+@pytest.mark.parametrize("name", first_of_each_kind(OVERWRITTEN))
+def test_norms_that_another_stream_overwrites_end_no_selection(name, verdicts):
+    assert verdicts[name].result() == "", f"with torch.manual_seed({SEED})"
 
 
 @pytest.mark.slow

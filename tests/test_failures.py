@@ -1,5 +1,7 @@
 """A call that fails, at whatever step, leaves the module exactly as it was."""
 
+import contextlib
+
 import pytest
 import torch
 from module_state import DEVICES, Snapshot, assert_unchanged
@@ -51,6 +53,7 @@ CALLS = {
     "subclass": Subclass.apply,
 }
 ERRORS = [KeyboardInterrupt, MemoryError]
+NATIVE = ("channel_norms", "select_channels", "write_masks", "prune_channels")
 
 
 @pytest.fixture(params=list(MODULES))
@@ -70,6 +73,10 @@ def call(request):
 
 @pytest.fixture
 def pruned(make, prepare, device):
+    return prepare_module(make, prepare, device)
+
+
+def prepare_module(make, prepare, device):
     """A module, other parameters pruned too, and the name of the parameter to prune next."""
     module, name = make(device)
     other = name.replace("weight", "bias")
@@ -176,12 +183,11 @@ def test_steps_of_the_mask(pruned, call, error, monkeypatch, device):
 
         return fail
 
-    native = ("channel_norms", "select_channels", "write_masks", "prune_channels")
     with monkeypatch.context() as patch:
-        for step in native:
+        for step in NATIVE:
             patch.setattr(ops, step, failing(step))
         assert_fails_without_a_trace(module, name, call, error=error)
-        assert reached <= set(native)
+        assert reached <= set(NATIVE)
         assert reached
     reached.clear()
     with monkeypatch.context() as patch, lnprune.reference_ranking():
@@ -191,22 +197,46 @@ def test_steps_of_the_mask(pruned, call, error, monkeypatch, device):
     assert_still_works(module, name, call)
 
 
-@pytest.mark.parametrize("step", ["channel_norms", "select_channels", "write_masks", "prune_channels"])
-def test_one_native_step(pruned, call, step, monkeypatch, device):
-    """One op alone fails, so that the steps before it have done their work."""
-    module, name = pruned
+def native_steps(call, prepared, amount, ranking):
+    """The ops that a call takes, in their order."""
+    if ranking is lnprune.reference_ranking:
+        return ["write_masks"]
+    if call == Subclass.apply:
+        return ["channel_norms", "select_channels", "write_masks"]
+    # Torch compares a count with the channels that are left.
+    counts = prepared != "first" and isinstance(amount, int)
+    return ["channel_norms", "prune_channels"] if counts else ["prune_channels"]
 
-    def failing(*args, **kwargs):
-        raise MemoryError("on purpose")
 
-    for amount in (1, 0.25):
+@pytest.mark.parametrize("ranking", [contextlib.nullcontext, lnprune.reference_ranking])
+@pytest.mark.parametrize("amount", [1, 0.25])
+@pytest.mark.parametrize("prepared", PREPARED)
+def test_one_native_step(make, prepared, call, amount, ranking, monkeypatch, device):
+    """Each op that a call takes fails alone, so that the steps before it have done their work."""
+    module, name = prepare_module(make, PREPARED[prepared], device)
+    steps = native_steps(call, prepared, amount, ranking)
+    for step in steps:
+        reached = []
+
+        def noting(op, step=step, reached=reached):
+            original = getattr(ops, op)
+
+            def run(*args, **kwargs):
+                reached.append(op)
+                if op == step:
+                    raise MemoryError("on purpose")
+                return original(*args, **kwargs)
+
+            return run
+
         snapshot = Snapshot(module)
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, step, failing)
-            try:
+        with monkeypatch.context() as patch, ranking():
+            for op in NATIVE:
+                patch.setattr(ops, op, noting(op))
+            with pytest.raises(MemoryError, match="on purpose"):
                 call(module, name, amount, 2, 0)
-            except MemoryError:
-                assert_unchanged(module, snapshot)
+        assert reached == steps[: steps.index(step) + 1]
+        assert_unchanged(module, snapshot)
     assert_still_works(module, name, call)
 
 

@@ -21,8 +21,10 @@ struct SelectBlock {
   static constexpr int kWarps = kCount / kWarp;
   static constexpr int kBuckets = 1 << kBits;
   static constexpr int kBucketsPerThread = kBuckets / kCount;
+  static constexpr int kRounds =
+      (64 + kBits - 1) / kBits;  // histograms that tell a key from all others
   // Keys that may move closer together after a histogram, where the channels are more than a tile.
-  static constexpr int kSurvivors = kChannels == Channels::any ? 4096 : 1;
+  static constexpr unsigned kSurvivors = kChannels == Channels::any ? 4096 : 1;
   static_assert(kSurvivors <= kTile, "a tile holds them");
   static_assert(kBuckets % kCount == 0, "every thread adds up as many buckets");
 
@@ -198,12 +200,21 @@ struct SelectBlock {
   }
 
   // The cut that keeps the `kept` largest keys, at least one; `equal` is how many lie on it.
+  // Each round tells kBits more of it. Where another stream overwrites the norms meanwhile, the cut
+  // is of no use, but it is found in as many rounds.
   __device__ __forceinline__ Cut find_cut(Keys& keys, RankingKey low, RankingKey high, Count kept,
                                           Count* equal) const {
     bool held = tiles() == 1;
-    while (true) {
+    Count within = 0;
+    if (threadIdx.x == 0) shared->survivors = 0;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
       const int bits = low == high ? 0 : 64 - __clzll(static_cast<long long>(high - low));
       const int shift = bits > kBits ? bits - kBits : 0;
+      if (threadIdx.x == 0) {
+        shared->bucket = 0;
+        shared->above = 0;
+      }
 #pragma unroll
       for (int b = 0; b < kBucketsPerThread; ++b) buckets[b * kCount + threadIdx.x] = 0;
       __syncthreads();
@@ -229,17 +240,13 @@ struct SelectBlock {
         while (above + buckets[bucket] < kept) above += buckets[bucket--];
         shared->bucket = bucket;
         shared->above = above;
-        shared->survivors = 0;
       }
       __syncthreads();
       kept -= shared->above;
-      const Count within = buckets[shared->bucket];
+      within = buckets[shared->bucket];
       low += static_cast<RankingKey>(shared->bucket) << shift;
       __syncthreads();
-      if (shift == 0) {
-        *equal = within;
-        return {low, kept};
-      }
+      if (shift == 0) break;
       if (within == kept && low > 0) {
         *equal = 0;
         return {low - 1, 0};
@@ -248,29 +255,33 @@ struct SelectBlock {
       const RankingKey width = (RankingKey{1} << shift) - 1;
       high = high - low < width ? high : low + width;
       if (!held && within <= kSurvivors) {
-        hold_survivors(keys, low, high, within);
+        hold_survivors(keys, low, high);
         held = true;
       }
     }
+    *equal = within;
+    return {low, kept};
   }
 
-  // Moves the keys from `low` to `high`, `count` of them, from memory to the threads, in any order.
-  __device__ __forceinline__ void hold_survivors(Keys& keys, RankingKey low, RankingKey high,
-                                                 Count count) const {
+  // Moves the keys from `low` to `high` from memory to the threads, in any order.
+  __device__ __forceinline__ void hold_survivors(Keys& keys, RankingKey low,
+                                                 RankingKey high) const {
 #pragma unroll 1
     for (int64_t tile = 0; tile < tiles(); ++tile) {
       load_tile(tile, keys);
 #pragma unroll
       for (int k = 0; k < kKeys; ++k) {
         if (keys[k] >= low && keys[k] <= high) {
-          survivors[atomicAdd(&shared->survivors, 1u)] = keys[k];
+          const unsigned at = atomicAdd(&shared->survivors, 1u);
+          if (at < kSurvivors) survivors[at] = keys[k];
         }
       }
     }
     __syncthreads();
+    const unsigned count = shared->survivors < kSurvivors ? shared->survivors : kSurvivors;
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
-      const int at = k * kCount + static_cast<int>(threadIdx.x);
+      const unsigned at = k * kCount + threadIdx.x;
       keys[k] = at < count ? survivors[at] : kNoKey;
     }
   }
