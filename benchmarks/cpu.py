@@ -13,7 +13,7 @@ import lnprune
 from benchmarks import calls, cpu_report, memory, program, report
 from benchmarks.lists import RESNET50_SHAPES, time_in_place, time_list
 from benchmarks.peers import time_peers
-from benchmarks.program import AS_IT_COMES, RECYCLED, Program
+from benchmarks.program import FRESH, RECYCLED, Program
 from benchmarks.report import Row
 from benchmarks.shapes import (
     CURVE,
@@ -222,7 +222,7 @@ PROGRAM = Program(
     },
     states={
         RECYCLED: ["norms", "first", "repeated", "masks", "in_place", "compiled", "loop", "peers"],
-        AS_IT_COMES: ["first", "masks", "memory"],
+        FRESH: ["first", "masks", "memory"],
     },
     verdicts=cpu_report.verdicts,
     markdown=cpu_report.markdown,

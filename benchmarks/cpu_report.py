@@ -1,4 +1,4 @@
-"""The report of the CPU benchmark: its targets, what was measured of them, its tables and its plots."""
+"""The report of the CPU benchmark: its page, its plots, and what was measured of its targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import program, report
 from benchmarks.lists import ALL_OF_RESNET50
-from benchmarks.program import AS_IT_COMES, RECYCLED, Sections
+from benchmarks.program import FRESH, RECYCLED, Sections
 from benchmarks.report import Row, Verdict
 from benchmarks.shapes import (
     CURVE,
@@ -115,7 +115,7 @@ def _norms_over_torch(rows: list[Row]) -> Measured:
 
 def _over_floor(rows: list[Row]) -> Measured:
     parts, met = [], True
-    for state, limit in ((RECYCLED, 0.8), (AS_IT_COMES, 0.75)):
+    for state, limit in ((RECYCLED, 0.8), (FRESH, 0.75)):
         some = _in(rows, state=state)
         if not some:
             return NOT_MEASURED
@@ -192,7 +192,7 @@ def verdicts(sections: Sections) -> list[Verdict]:
             *_norms_over_torch(norms),
         ),
         Verdict(
-            "first call, 1 MB and more, against the floor, recycled / as it comes",
+            "first call, 1 MB and more, against the floor, recycled / fresh",
             "0.80 / 0.75 at most",
             *_over_floor(first),
         ),
@@ -236,6 +236,11 @@ def _table(titles: list[str], lines: dict[str, list[str]]) -> list[str]:
     return head + [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items() if any(cells)]
 
 
+def _speedup_cell(rows: list[Row]) -> str:
+    """The geometric mean of torch's time over ours."""
+    return f"{_mean(rows, 'speedup'):.1f} x" if rows else ""
+
+
 def _mean_cell(rows: list[Row], over: str) -> str:
     """Geometric means: the time over that of what must be done, and torch's time over ours."""
     if not rows:
@@ -252,62 +257,73 @@ def _by_size(rows: list[Row]) -> list[list[Row]]:
     return [[row for row in rows if (row["bytes"] < CACHED_BYTES) == cached] for cached in (True, False)]
 
 
+SIZES = ("1 to 32 MiB", "over 32 MiB")
+BY_DIM_AND_SIZE = [f"dim {dim}, {size}" for dim in (0, 1) for size in SIZES]
+
+
+def _norm_cells(rows: list[Row]) -> list[str]:
+    return [_mean_cell(part, "over_sum") for dim in (0, 1) for part in _by_size(_in(rows, dim=dim))]
+
+
 def norms_table(rows: list[Row]) -> list[str]:
-    """Geometric means of the norms, of each dtype, by size, order and dim."""
+    """Geometric means of the norms, of each dtype and kind of order, by dim and size."""
     groups = {"n in {1, 2}": (1, 2), "n in {0, ±inf}": (0, INF, -INF)}
-    sizes = ["1 to 32 MiB", "over 32 MiB"]
-    titles = [f"{title}, dim {dim}, {size}" for title in groups for dim in (0, 1) for size in sizes]
     lines = {}
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        lines[dtype] = [
-            _mean_cell(some, "over_sum")
-            for orders in groups.values()
-            for dim in (0, 1)
-            for some in _by_size(
-                [r for r in rows if (r["dtype"], r["dim"]) == (dtype, dim) and r["n"] in orders]
-            )
-        ]
-    return _table(titles, lines)
+        for title, orders in groups.items():
+            some = [row for row in rows if row["dtype"] == dtype and row["n"] in orders]
+            lines[f"{dtype}, {title}"] = _norm_cells(some)
+    orders = " and ".join(f"{n:g}" for n in GENERIC_ORDERS)
+    lines[f"float32, n = {orders}"] = _norm_cells([row for row in rows if row["n"] in GENERIC_ORDERS])
+    return _table(BY_DIM_AND_SIZE, lines)
 
 
 def calls_table(sections: Sections) -> list[str]:
-    """Geometric means of calls by size."""
-    sizes = ["1 to 32 MiB", "over 32 MiB"]
-    titles = [f"dim {dim}, {size}" for dim in (0, 1) for size in sizes]
-    groups = {f"first call, {state}": _in(sections["first"], state=state) for state in program.STATES}
-    groups["repeated call, recycled"] = sections["repeated"]
+    """Torch's time over ours, geometric means of calls by size."""
+    first = sections["first"]
+    groups = {f"first call, {state} memory": _in(first, state=state) for state in program.STATES}
+    groups["repeated call, recycled memory"] = sections["repeated"]
     lines = {
-        name: [_mean_cell(some, "over_floor") for dim in (0, 1) for some in _by_size(_in(rows, dim=dim))]
+        name: [_speedup_cell(some) for dim in (0, 1) for some in _by_size(_in(rows, dim=dim))]
         for name, rows in groups.items()
     }
     for state in program.STATES:
         masks = [_in(sections["masks"], state=state, dim=dim) for dim in (0, 1)]
-        cells = [_mean_cell(some, "over_floor") for some in masks]
-        lines[f"{ALL_OF_RESNET50}, {state}"] = ["", cells[0], "", cells[1]]
-    return _table(titles, lines)
+        cells = [_speedup_cell(some) for some in masks]
+        lines[f"{ALL_OF_RESNET50}, {state} memory"] = ["", cells[0], "", cells[1]]
+    return _table(BY_DIM_AND_SIZE, lines)
 
 
-def peers_table(rows: list[Row]) -> list[str]:
+def others_table(sections: Sections) -> list[str]:
+    """Other ways to the same result."""
+    columns = ("peer", "lnprune", "over_peer")
     lines = {
-        row["call"]: [report.cell(key, row) for key in ("peer", "lnprune", "over_peer")] for row in rows
+        f"{ALL_OF_RESNET50}: {row['call']}": [report.cell(key, row) for key in columns]
+        for row in sections["peers"]
     }
-    return _table(["peer", "lnprune", "peer's time over ours"], lines)
+    compiled = [row for row in _large(sections["compiled"]) if "compiled_speedup" in row]
+    if compiled:
+        spread = report.spread(compiled, "compiled_speedup")
+        name = f"torch's mask and masked weight through `torch.compile`, {len(compiled)} weights"
+        lines[name] = ["", "", spread.replace(" (", " x (")]
+    return _table(["the other", "lnprune", "the other's time over ours"], lines)
 
 
 def _slower(rows: list[Row]) -> str:
-    """How many are slower than torch, and which."""
+    """How many are slower than torch, and which: the slowest, and the slowest of 1 MiB and more."""
     slow = sorted((row for row in rows if row.get("speedup", 1) < 1), key=lambda row: row["speedup"])
     timed = sum("speedup" in row for row in rows)
     if not slow:
         return f"none of {timed}"
-    named = "; ".join(f"{report.case_name(row)}: {row['speedup']:.2f} x" for row in slow[:2])
-    return f"{len(slow)} of {timed} ({'the slowest ' if len(slow) > 2 else ''}{named})"
+    said = [f"{report.case_name(row)}: {row['speedup']:.2f} x" for row in (slow[0], *_large(slow)[:1])]
+    named = said[0] if said[-1] == said[0] else f"{said[0]}; of 1 MiB and more {said[1]}"
+    return f"{len(slow)} of {timed} ({'the slowest ' if len(slow) > 1 else ''}{named})"
 
 
-def speed_lines(sections: Sections) -> list[str]:
-    """What the README says of the speed: chosen calls, means, and where torch is faster."""
+def speed_lines(machine: dict[str, Any], sections: Sections) -> list[str]:
+    """What the README says of the speed: chosen calls, their mean, and where torch is faster."""
     norms, again = sections["norms"], sections["repeated"]
-    first, fresh = (_in(sections["first"], state=state) for state in program.STATES)
+    first = _in(sections["first"], state=RECYCLED)
     lines = ["| weight | dtype | dim 0: torch | lnprune | | dim 1: torch | lnprune | |"]
     lines.append("| --- | --- |" + " ---: |" * 6)
     rows = [row for row in first if row["n"] == 2] + _in(sections["masks"], state=RECYCLED)
@@ -319,70 +335,66 @@ def speed_lines(sections: Sections) -> list[str]:
         ]
         if cells:
             lines.append(f"| {shape} | {dtype} | {' | '.join(cells)} |")
-    means = [
-        f"{title} {_mean(rows, 'speedup'):.1f} x"
-        for title, rows in (
-            ("norms", [row for row in norms if "speedup" in row]),
-            ("first calls", first),
-            ("first calls on 1 MiB and more", _large(first)),
-            ("the same in fresh memory", _large(fresh)),
-            ("repeated calls", again),
+    threads = machine["threads"]
+    lines += ["", f"On {threads} thread{'s' if threads > 1 else ''}."]
+    if first:
+        lines[-1] += (
+            f" Torch's time over ours, the geometric mean of all {len(first)} first calls that were timed: "
+            f"{_mean(first, 'speedup'):.1f} x."
         )
-        if rows
-    ]
+    peaks = [[row["peak"] for row in _in(sections["memory"], call=name)] for name in MEMORY]
+    if all(peaks):
+        ours, theirs = map(max, peaks)
+        lines[-1] += (
+            f" New memory while a call runs: {ours:.1f} times the size of the weight, with torch "
+            f"{theirs:.1f} times."
+        )
     slow = [
         f"{title} {_slower(rows)}"
         for title, rows in (("first calls", first), ("repeated calls", again), ("norms alone", norms))
         if rows
     ]
-    lines += ["", f"Geometric means of torch's time over ours, all cases: {', '.join(means)}."]
-    peaks = [[row["peak"] for row in _in(sections["memory"], call=name)] for name in MEMORY]
-    if all(peaks):
-        ours, theirs = map(max, peaks)
-        lines[-1] += f" Memory at the peak of a call, in weights: {ours:.2f}, torch {theirs:.2f}."
     lines += ["", f"Slower than torch: {'; '.join(slow)}."]
     return lines
 
 
 def markdown(machine: dict[str, Any], sections: Sections, seconds: float) -> str:
-    """The whole report, a page of one screen."""
+    """The page: figures, and what they mean, on one screen."""
     checked = sum("correct" in row for rows in sections.values() for row in rows)
-    generic = [row for row in sections["norms"] if row["n"] in GENERIC_ORDERS]
-    orders = " and ".join(f"{n:g}" for n in GENERIC_ORDERS)
-    generic_norms = f" For n = {orders}, float32, {_mean_cell(generic, 'over_sum')}." if generic else ""
     lines = [
         "# lnprune on the CPU",
         "",
         report.provenance(machine, seconds),
         report.cpu_of(machine),
         f"Each of {checked} cases was checked before it was timed; {len(report.faults(sections))} failed. "
-        f"{program.conditions(machine, sections)} Memory is recycled where nothing else is said: what was "
-        "freed is given out again. As it comes, large blocks are fresh from the system.",
+        f"{program.conditions(machine, sections)}",
         *report.fault_lines(sections),
         "",
-        "![The speed of norms as a share of a plain sum's](cpu_norms.png)",
+        "A *first* call prunes a weight without a mask, a *repeated* one a weight that has one. *Recycled* "
+        "memory was used before, as in a process that has run for a while; *fresh* memory comes from the "
+        "system, page by page. Where nothing is said, memory is recycled, n = 2, half of the channels go, "
+        "and modules are made before the clock runs.",
+        "",
         "![The time of a call over the size of the weight](cpu.png)",
+        "![The speed of norms as a share of a plain sum's](cpu_norms.png)",
         "",
-        *report.verdict_lines(verdicts(sections)),
+        "First calls. The dotted line is what each has to do at least: read the weight once, and write two "
+        "tensors of its size (`w.sum(); torch.empty_like(w).fill_(1); w.clone()`).",
         "",
-        "Norms: time over that of `torch.sum` (of float8, which torch does not add: of as many bfloat16), "
-        f"in brackets `torch.norm`'s time over ours.{generic_norms}",
+        *speed_lines(machine, sections),
         "",
-        *norms_table(sections["norms"]),
-        "",
-        "Calls: time over the floor, `w.sum(); torch.empty_like(w).fill_(1); w.clone()`, in brackets "
-        "torch's time over ours. n = 2, amount 0.5; modules are made before the clock runs. ResNet-50 is "
-        "one call of `local_structured` against a loop of torch.",
+        "Calls, torch's time over ours. ResNet-50: one `local_structured` against a loop of torch.",
         "",
         *calls_table(sections),
         "",
-        "Norms of ResNet-50's 54 weights, n = 2, by others with the same result:",
+        "Norms: time over that of `torch.sum`, which reads the weight once too (of float8, which torch "
+        "does not add, of as many bfloat16), and in brackets torch's time over ours.",
         "",
-        *peers_table(sections["peers"]),
+        *norms_table(sections["norms"]),
         "",
-        "First calls, n = 2, amount 0.5:",
+        "Other ways to the same norms, or the same mask:",
         "",
-        *speed_lines(sections),
+        *others_table(sections),
         *program.warning(machine),
     ]
     return "\n".join(lines) + "\n"

@@ -30,33 +30,27 @@ SMALL_SHAPES: list[Shape] = [(16, 16)] * 1000
 SELECTIONS = 10
 MANY_LAYERS, MANY_CHANNELS = 1000, 1_000_000
 CONSTRAINTS = {"min_channels": 16, "multiple_of": 8, "group_size": 4}
+# The tables of the page: what each shows, and its columns.
 CHAPTERS = {
-    "lists": (
-        "Lists of weights",
-        "`local_structured(parameters, amount=0.5, n=2, dim)` against a loop of torch's `ln_structured`; "
-        "permanent: `local_structured(..., permanent=True)` against a loop of `ln_structured` and "
-        "`remove`. Modules are made before the clock runs, for `permanent` with weights of their own. "
-        "(Masks of ResNet-50 are on the page of `python -m benchmarks.cpu`.)",
-    ),
     "in_place": (
-        "One large matrix in place",
-        "`local_structured([(module, 'weight')], amount, n=2, dim=0, permanent=True)` against `torch.sum` "
-        f"over the same float32 matrix of {shape_name(MLP)} (180 MB).",
+        f"Zeros in place, dim 0, in one float32 matrix of {shape_name(MLP)} (180 MB), over `torch.sum` of "
+        "that matrix, which reads it once:",
+        ("amount", "lnprune", "sum", "over_sum"),
     ),
     "selections": (
-        "Selections",
-        f"{SELECTIONS} calls of `Ranking.select`, amounts from 0.05 to 0.86, from one fresh ranking of "
-        "ResNet-50's 54 weights; their mean, and its share of the time of `rank` (with the norms read).",
+        "One selection from the ranking of ResNet-50's 54 weights (`Ranking.select`, the mean of "
+        f"{SELECTIONS} with amounts from 0.05 to 0.86), over the ranking itself (`rank`):",
+        ("selection", "rank", "select", "over_rank"),
     ),
     "many": (
-        "A million channels",
-        "One global selection of half the parameters from 1,000,000 channels in 1,000 layers: the ranking "
-        f"of blocks, and the cut, with all constraints ({CONSTRAINTS}).",
+        "One global selection of half the parameters from 1,000,000 channels in 1,000 layers, with all "
+        f"constraints ({', '.join(f'{name}={value}' for name, value in CONSTRAINTS.items())}):",
+        ("normalize", "lnprune"),
     ),
     "memory": (
-        "Memory",
-        "The peak of one call (VmHWM after it less VmRSS before it) on the matrix of 180 MB, in a process "
-        "of its own, in units of the weight and in bytes per channel.",
+        "New memory while zeros are written into that matrix, in sizes of the matrix and for each channel "
+        "(the peak of a process of its own):",
+        ("dim", "peak", "bytes_per_channel"),
     ),
 }
 
@@ -169,7 +163,7 @@ def verdicts(sections: Sections) -> list[Verdict]:
     return found
 
 
-def speed_lines(sections: Sections) -> list[str]:
+def speed_lines(machine: dict[str, Any], sections: Sections) -> list[str]:
     """What the README says of the speed."""
     found = {(row["shape"], row["call"], row["dim"]): row["speedup"] for row in sections["lists"]}
     lines = ["| weights | call | dim 0 | dim 1 |", "| --- | --- | ---: | ---: |"]
@@ -181,29 +175,27 @@ def speed_lines(sections: Sections) -> list[str]:
 
 
 def markdown(machine: dict[str, Any], sections: Sections, seconds: float) -> str:
-    """The whole report."""
+    """The page: figures, and what they mean, on one screen."""
     lines = [
         "# lnprune on whole models, on the CPU",
         "",
         report.provenance(machine, seconds),
         report.cpu_of(machine),
-        f"Memory is recycled: what was freed is given out again. {program.conditions(machine, sections)} "
-        "Lists were checked against float64 norms before they were timed; "
-        f"{len(report.faults(sections))} failed.",
+        f"{program.conditions(machine, sections)} Memory was used before. Lists were checked against "
+        f"float64 norms before they were timed; {len(report.faults(sections))} failed.",
         *report.fault_lines(sections),
         "",
-        "## Targets",
+        "Torch's time over ours: one call against a loop over the same weights, of `ln_structured` or, "
+        "where `permanent=True` writes zeros in place, of `ln_structured` and `remove`. n = 2, half of the "
+        "channels of each weight. Modules are made before the clock runs.",
         "",
-        *report.verdict_lines(verdicts(sections)),
-        "",
-        "Torch's time over ours:",
-        "",
-        *speed_lines(sections),
-        *program.warning(machine),
+        *speed_lines(machine, sections),
     ]
-    for name, (title, text) in CHAPTERS.items():
-        lines += report.section(title, text, sections[name], [])
-    return "\n".join(lines) + "\n"
+    for name, (text, columns) in CHAPTERS.items():
+        shown = (*columns, *(column + report.QUARTILES for column in columns))
+        rows = [{key: row[key] for key in shown if key in row} for row in sections[name]]
+        lines += ["", text, "", *(report.table(rows) if rows else ["Not measured in this run."])]
+    return "\n".join([*lines, *program.warning(machine)]) + "\n"
 
 
 PROGRAM = Program(
@@ -217,7 +209,7 @@ PROGRAM = Program(
         "many": lambda o: time_many(o.budget),
         "memory": lambda _: measure_memory(),
     },
-    states={RECYCLED: list(CHAPTERS)},
+    states={RECYCLED: ["lists", *CHAPTERS]},
     verdicts=verdicts,
     markdown=markdown,
     speed_lines=speed_lines,

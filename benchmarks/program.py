@@ -32,8 +32,8 @@ RECYCLING = {
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-RECYCLED, AS_IT_COMES = "recycled", "as it comes"
-STATES: dict[str, dict[str, str]] = {RECYCLED: RECYCLING, AS_IT_COMES: {}}
+RECYCLED, FRESH = "recycled", "fresh"
+STATES: dict[str, dict[str, str]] = {RECYCLED: RECYCLING, FRESH: {}}
 # Where runs that are not for the repository go, and what is too long for it.
 BUILD = pathlib.Path("build/benchmarks")
 # Fresh memory may be slow for seconds, until the host of a virtual machine has handed it out.
@@ -61,7 +61,7 @@ class Program(NamedTuple):
     states: dict[str, list[str]]  # the names of the sections that are measured in each
     verdicts: Callable[[Sections], list[Verdict]]
     markdown: Callable[[dict[str, Any], Sections, float], str]
-    speed_lines: Callable[[Sections], list[str]]
+    speed_lines: Callable[[dict[str, Any], Sections], list[str]]  # what the README says too
     pictures: Callable[[Sections], dict[str, Figure]]
 
     @property
@@ -147,11 +147,10 @@ def conditions(machine: dict[str, Any], sections: Sections) -> str:
     settled = [row["settled"] for rows in sections.values() for row in rows if "settled" in row]
     faults = " / ".join(f"{state} {count:.0f}" for state, count in machine["faults"].items())
     return (
-        f"Before a case is timed, all that is compared runs in turn until {STEADY_ROUNDS} rounds in a row "
-        f"bring no time that is over {100 * STEADY_SHARE:.0f} % below the lowest so far; "
-        f"{settled.count(False)} of {len(settled)} cases did not get there. Ratios are medians of those "
-        "within one round of interleaved runs, in brackets their quartiles; over several cases, geometric "
-        f"means of both. Page faults of filling 64 MiB: {faults}. Other processes took "
+        "What is compared runs in turn. Ratios are medians of those within one round, of several cases "
+        f"geometric means. Cases are timed once {STEADY_ROUNDS} rounds bring no time that is over "
+        f"{100 * STEADY_SHARE:.0f} % below the lowest so far; {settled.count(False)} of {len(settled)} did "
+        f"not get there. Page faults of filling 64 MiB: {faults}. Other processes took "
         f"{100 * machine['others']:.0f} % of the processor."
     )
 
@@ -227,10 +226,13 @@ def main(program: Program) -> int:
     folder = given.out or (BUILD if trial else report.RESULTS)
     written += write(program, folder, machine, sections, seconds)
     if folder == report.RESULTS:
-        lines = [*program.speed_lines(sections), *warning(machine)]
+        lines = [*program.speed_lines(machine, sections), *warning(machine)]
         report.replace_marked(report.README, program.module, lines)
         written.append(report.README)
-    print("\n" + "\n".join(report.verdict_lines(program.verdicts(sections))))
+    targets = report.verdict_lines(program.verdicts(sections))
+    written.append(BUILD / f"{program.name}_targets.md")
+    report.save_text(written[-1], "\n".join(targets) + "\n")
+    print("\n" + "\n".join(targets))
     print("\n".join(warning(machine)))
     print(f"\n{seconds:.0f} s; wrote {', '.join(map(str, written))}")
     return 1 if report.faults(sections) else 0

@@ -14,7 +14,7 @@ from torch import nn
 
 import lnprune
 from benchmarks import calls, cpu, cpu_report, cuda, cuda_report, lists, models, peers, program, report
-from benchmarks.program import AS_IT_COMES, RECYCLED, RECYCLING, Options
+from benchmarks.program import FRESH, RECYCLED, RECYCLING, Options
 from benchmarks.resnet50 import resnet50
 from benchmarks.shapes import (
     DTYPES,
@@ -25,7 +25,7 @@ from benchmarks.shapes import (
     Case,
     cases,
 )
-from benchmarks.timing import Peer, Timing, interleaved, settle
+from benchmarks.timing import Peer, Timing, geometric_mean, interleaved, settle
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SECTIONS = list(cuda_report.CHAPTERS)
@@ -246,7 +246,7 @@ def test_page_faults_are_counted():
     assert sorted(timing.faults["nothing"])[1] < 10
 
 
-@pytest.mark.parametrize("state", [RECYCLED, AS_IT_COMES])
+@pytest.mark.parametrize("state", [RECYCLED, FRESH])
 def test_a_process_of_its_own_has_its_state_of_memory(state, monkeypatch):
     for name, value in RECYCLING.items():  # whatever this process was started with
         monkeypatch.setenv(name, value)
@@ -370,7 +370,7 @@ def good_cpu_sections():
     norms += [row_of((1024, 1024), half, 1, n, over_sum=1.0, speedup=400.0) for n in (2, math.inf)]
     norms += [row_of(n=3, over_sum=9.0, speedup=0.5), row_of((8, 8), over_sum=9.0, speedup=0.5)]
     first = [row_of(dim=dim, over_floor=0.79, speedup=5.1 + 6 * dim, over_torch=0.1) for dim in dims]
-    first += [row_of(state=AS_IT_COMES, over_floor=0.74, speedup=2.0, over_torch=0.5)]
+    first += [row_of(state=FRESH, over_floor=0.74, speedup=2.0, over_torch=0.5)]
     first += [row_of((8, 8), over_floor=9.0, speedup=2.05, over_torch=0.49)]
     masks = [row_of(dim=dim, speedup=3.6 + 2.5 * dim) | {"shape": lists.ALL_OF_RESNET50} for dim in dims]
     loop = row_of((384, 384), over_torch=0.44, speedup=2.2) | {"shape": "24 of 384 x 384"}
@@ -379,7 +379,7 @@ def good_cpu_sections():
         "norms": norms,
         "first": first,
         "repeated": [row_of(dim=dim, speedup=5.6 + 7 * dim) for dim in dims],
-        "masks": masks + [row | {"state": AS_IT_COMES} for row in masks],
+        "masks": masks + [row | {"state": FRESH} for row in masks],
         "in_place": [row_of(dim=dim, over_sum=1.4 + dim) for dim in dims],
         "compiled": [row_of(dim=dim, compiled_speedup=1.3 + 3 * dim) for dim in dims],
         "loop": [loop],
@@ -475,9 +475,15 @@ def test_the_readme_says_what_the_page_says(name):
     assert not (RESULTS / f"{name}.json").exists()
 
 
-def test_the_page_of_the_cpu_is_one_screen_with_its_plots():
+@pytest.mark.parametrize("name", ["cpu", "models", "cuda"])
+def test_the_pages_are_one_screen_of_figures(name):
+    page = (RESULTS / f"{name}.md").read_text()
+    assert len(page.splitlines()) <= 66
+    assert "target" not in page  # those are for makers, and go to the command's output and to build/
+
+
+def test_the_page_of_the_cpu_shows_its_plots():
     page = (RESULTS / "cpu.md").read_text()
-    assert len(page.splitlines()) <= 68
     for name in cpu_report.pictures(good_cpu_sections()):
         assert f"]({name}.png)" in page
         assert (RESULTS / f"{name}.png").exists()
@@ -495,7 +501,7 @@ def cpu_sections():
         "loop": cpu.time_loop(2, Case((40, 30), torch.float32, 0, 2), 1e-4),
     }
     measured = {
-        name: [{**row, "state": state} for state in (RECYCLED, AS_IT_COMES) for row in rows]
+        name: [{**row, "state": state} for state in (RECYCLED, FRESH) for row in rows]
         if name == "first"
         else [{**row, "state": RECYCLED} for row in rows]
         for name, rows in sections.items()
@@ -503,7 +509,7 @@ def cpu_sections():
     return made_up_sections | measured
 
 
-TRUST = {"faults": {RECYCLED: 0, AS_IT_COMES: 32}, "others": 0.04}
+TRUST = {"faults": {RECYCLED: 0, FRESH: 32}, "others": 0.04}
 
 
 def run_cpu(monkeypatch, folder, *arguments):
@@ -516,7 +522,7 @@ def written_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_writes_page_pictures_readme_and_every_case(cpu_sections, monkeypatch, tmp_path):
+def test_a_run_writes_page_pictures_readme_and_every_case(cpu_sections, monkeypatch, tmp_path, capsys):
     given = []
     monkeypatch.setattr(
         program, "measure", lambda _, options: given.append(options) or (cpu_sections, TRUST)
@@ -526,20 +532,28 @@ def test_a_run_writes_page_pictures_readme_and_every_case(cpu_sections, monkeypa
     assert run_cpu(monkeypatch, tmp_path) == 0
     assert given == [Options(cpu.PROGRAM.budget, False)]
     results = {f"benchmarks/results/{name}" for name in ("cpu.md", "cpu.png", "cpu_norms.png")}
-    assert written_in(tmp_path) == results | {"README.md", "build/benchmarks/cpu.json"}
-    lines = "\n".join(cpu_report.speed_lines(cpu_sections))
+    built = {"build/benchmarks/cpu.json", "build/benchmarks/cpu_targets.md"}
+    assert written_in(tmp_path) == results | {"README.md"} | built
+    targets = "\n".join(report.verdict_lines(cpu_report.verdicts(cpu_sections)))
+    assert (tmp_path / "build/benchmarks/cpu_targets.md").read_text() == targets + "\n"
+    assert targets in capsys.readouterr().out
+    machine = {"threads": torch.get_num_threads()}
+    lines = "\n".join(cpu_report.speed_lines(machine, cpu_sections))
     text = (tmp_path / "README.md").read_text()
     assert text == f"before\n\n{begin}\n\n{lines}\n\n{end}\n\nafter\n"
     page = (tmp_path / "benchmarks/results/cpu.md").read_text()
     assert lines in page
     assert "| 8 x 8 | float32 | " in lines
     assert "| ResNet-50, 54 weights | float32 | 10.00 ms | 1.00 ms | 3.60 x | " in lines
-    assert "Page faults of filling 64 MiB: recycled 0 / as it comes 32." in page
+    assert "Page faults of filling 64 MiB: recycled 0 / fresh 32." in page
     assert "Other processes took 4 % of the processor." in page
     assert "no figure" not in page
-    assert "| first call, as it comes | " in page
-    assert "| a peer | 2.00 ms | 1.00 ms | 2.00 x |" in page
-    assert "Memory at the peak of a call, in weights: 2.00, torch 3.00." in lines
+    assert "| first call, fresh memory | " in page
+    assert "| ResNet-50, 54 weights: a peer | 2.00 ms | 1.00 ms | 2.00 x |" in page
+    assert "New memory while a call runs: 2.0 times the size of the weight, with torch 3.0 times." in lines
+    mean = geometric_mean(row["speedup"] for row in cpu_sections["first"] if row["state"] == RECYCLED)
+    assert "On 1 thread. Torch's time over ours, the geometric mean of all 4 first calls " in lines
+    assert f" that were timed: {mean:.1f} x." in lines
     # The page again, from every case alone.
     assert run_cpu(monkeypatch, tmp_path, "--from", "build/benchmarks/cpu.json", "--out", "again") == 0
     assert (tmp_path / "again" / "cpu.md").read_text() == page
@@ -550,7 +564,7 @@ def test_a_run_writes_page_pictures_readme_and_every_case(cpu_sections, monkeypa
 def test_a_trial_leaves_the_results_alone(cpu_sections, monkeypatch, tmp_path, arguments):
     monkeypatch.setattr(program, "measure", lambda *_: (cpu_sections, TRUST))
     assert run_cpu(monkeypatch, tmp_path, *arguments) == 0
-    names = ("cpu.md", "cpu.png", "cpu_norms.png", "cpu.json")
+    names = ("cpu.md", "cpu.png", "cpu_norms.png", "cpu.json", "cpu_targets.md")
     assert written_in(tmp_path) == {f"build/benchmarks/{name}" for name in names}
 
 
@@ -579,16 +593,17 @@ def test_slower_calls_are_named(cpu_sections):
     sections = {name: [dict(row) for row in rows] for name, rows in cpu_sections.items()}
     for row in (row for rows in sections.values() for row in rows):
         row["speedup"] = 2.0
-    assert cpu_report.speed_lines(sections)[-1] == (
+    machine = {"threads": 2}
+    assert cpu_report.speed_lines(machine, sections)[-1] == (
         "Slower than torch: first calls none of 8; repeated calls none of 4; norms alone none of 8."
     )
     sections["first"][7]["speedup"] = 0.5
     for row in sections["norms"][:5]:
         row["speedup"] = 0.25
-    assert cpu_report.speed_lines(sections)[-1] == (
+    assert cpu_report.speed_lines(machine, sections)[-1] == (
         "Slower than torch: first calls 1 of 8 (600 x 700 float32 dim 1 n inf: 0.50 x); repeated calls "
-        "none of 4; norms alone 5 of 8 (the slowest 8 x 8 float32 dim 0 n 2: 0.25 x; 8 x 8 float32 dim 0 n "
-        "inf: 0.25 x)."
+        "none of 4; norms alone 5 of 8 (the slowest 8 x 8 float32 dim 0 n 2: 0.25 x; of 1 MiB and more "
+        "600 x 700 float32 dim 0 n 2: 0.25 x)."
     )
 
 
@@ -612,7 +627,9 @@ def test_the_page_of_whole_models_says_what_its_figures_say():
     machine = report.environment("benchmarks.models") | TRUST
     assert [verdict.met for verdict in models.verdicts(sections)] == [True] * 7
     page = models.markdown(machine, sections, 60.0)
-    assert "\n".join(models.speed_lines(sections)) in page
+    assert "| 0.3 | 1.00 ms | 1.00 ms | 1.25 (1.25 to 1.25) |" in page
+    assert "| local | 10.00 ms | 1.00 ms | 0.090 |" in page
+    assert "\n".join(models.speed_lines(machine, sections)) in page
     sections["lists"][0] |= {"speedup": 0.5, "correct": False, "fault": "on purpose"}
     assert [verdict.met for verdict in models.verdicts(sections)] == [False] + [True] * 6
     page = models.markdown(machine, sections, 60.0)
