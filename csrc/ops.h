@@ -424,8 +424,8 @@ class Ops {
     return views;
   }
 
-  // Of tensors that are written in place. Called before any pointer is kept: a tensor that shares
-  // its memory until it is written moves to its own here.
+  // Views of tensors that are written in place. A copy-on-write tensor, which shares its memory
+  // until it is written, gets memory of its own here. So no pointer may be taken before this call.
   static std::vector<View> writable_views_along(const Tensors& tensors,
                                                 const std::vector<int64_t>& dims) {
     std::vector<View> views = views_along(tensors, dims, true);

@@ -31,7 +31,7 @@ class Found(NamedTuple):
     module: nn.Module
     attribute: str
     dims: Dims | None = None  # of its outputs and inputs, where they are known
-    like: int | None = None  # the place, by its index, of the same weight that it was found by
+    like: int | None = None  # the index of the place through whose weight, which it shares, it was found
 
 
 def is_masked(module: nn.Module, attribute: str) -> bool:

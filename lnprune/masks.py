@@ -1,6 +1,6 @@
 """Write: keep flags, or amounts, of a list of weights -> masks and masked weights, or zeros in place.
 
-The one place that groups weights by device and asks: native, or plain torch?
+Native code takes what it can, all weights of a device in one call. Plain torch takes the rest.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ __all__ = [
 
 Amount = Union[int, float]
 
-# From this many bytes on, on the CPU, masked weights are worth writing together with their masks, so many
-# for the call and so many for each: another pass then takes longer than handing them to autograd. On CUDA
-# it saves launches.
+# A mask and its masked weight can be written in one pass, after which the weight is handed to autograd; or
+# the mask alone, after which autograd multiplies in a second pass. On the CPU handing over takes longer
+# than a second pass over few bytes, so one pass is taken from so many bytes of weights on:
+# _FUSED_CALL_BYTES, and _FUSED_WEIGHT_BYTES more for each weight of the call. On CUDA one pass always saves
+# launches.
 _FUSED_CALL_BYTES = 7 << 17
 _FUSED_WEIGHT_BYTES = 1 << 17
 
@@ -58,13 +60,13 @@ class Request:
     """One weight to prune along ``dim``: by an amount of the channels left, or by keep flags."""
 
     old_mask: Tensor | None = None  # None: ones
-    container: Any = None  # that combines masks its own way
+    container: Any = None  # a user's own, which combines masks in its own way
 
-    layout: Tensor  # that the mask will have
-    count = 0  # of channels to prune, or, where negative,
-    fraction = 0.0  # the share of those that are left
+    layout: Tensor  # a tensor of the layout that the mask is to have
+    count = 0  # how many channels to prune; where it is negative, `fraction` says it
+    fraction = 0.0  # the share of the channels that are left
 
-    mask: Tensor  # by write_masks()
+    mask: Tensor  # write_masks() makes both
     weight: Tensor
 
     def __init__(
@@ -115,9 +117,9 @@ def compute_mask(method: StockLnStructured, t: Tensor, default_mask: Tensor) -> 
 
 
 class _LnStructured(StockLnStructured):
-    """What a stock container combines masks with."""
+    """The last method of a stock container, which the container calls for its mask."""
 
-    _tensor_name = ""  # the container asks only that its methods agree
+    _tensor_name = ""  # any name will do, as long as all methods of the container have the same
     compute_mask = compute_mask
 
 
@@ -161,8 +163,8 @@ def _can_fuse(layout: Tensor, original: Tensor) -> bool:
 def write_masks(requests: Sequence[Request], n: Any) -> None:
     """Gives every request its mask, and its masked weight, differentiable in the original.
 
-    One native call for each device, or more where flags and amounts, first and repeated pruning, or large
-    and unusual layouts are mixed. What a request raises has its name.
+    That takes one native call for each device. It takes more where the requests differ in kind: flags or
+    amounts, first or repeated pruning, large weights or unusual layouts. An error of a request names it.
     """
     p = None if reference.ranks_like_torch() else native_order(n)
     groups: dict[tuple[int, bool, bool], list[Request]] = {}
@@ -222,10 +224,9 @@ def _flags(rows: Sequence[Request]) -> list[Tensor]:
 
 
 def _prepare(request: Request, n: Any, p: float | None) -> bool:
-    """Whether the native code takes the request; then, after all checks, with what it needs.
+    """Whether native code takes the request. If so, it has been checked, and has what native code needs.
 
-    That is the layout of the new mask, and where there are no flags the channels to prune: a count, or,
-    where that is negative, a fraction of those that are left.
+    That is the layout of the new mask and, where there are no flags, how many channels to prune.
     """
     scores, dim, old_mask = request.scores, request.dim, request.old_mask
     if request.container is not None:
@@ -255,7 +256,7 @@ def _prepare(request: Request, n: Any, p: float | None) -> bool:
     if type(amount) is float and amount == amount:
         request.count, request.fraction = -1, amount
     else:
-        # Compared with the channels left, which on a GPU is waited for.
+        # How many channels are left has to be known here. On a GPU this waits for it.
         alive = int(torch.count_nonzero(ops.channel_norms([request.layout], [dim], 0.0)[0]))
         count = compute_nparams_toprune(amount, alive)
         validate_pruning_amount(count, alive)
@@ -281,7 +282,7 @@ def _plain_mask(request: Request, n: Any) -> Tensor:
 
 
 class _Product(OperatorMode):
-    """Answers the one multiplication inside with a product that is at hand.
+    """A multiplication inside is not computed: its result is a product that native code has made.
 
     Autograd, above the dispatch mode, records torch's own MulBackward0 all the same. A function of
     autograd's public interface takes as long, and would stay in the model as a class of lnprune.
@@ -298,7 +299,7 @@ class _Product(OperatorMode):
 def _with_gradients(
     masks: list[Tensor], originals: Sequence[Tensor], products: list[Tensor]
 ) -> list[Tensor]:
-    """``mask * original`` of each, differentiable in the originals, by products that are at hand."""
+    """``mask * original`` of each, differentiable in the originals, with the values of ``products``."""
     if not torch.is_grad_enabled():
         return products
     mode = _Product()
@@ -354,11 +355,12 @@ def write_in_place(
     transaction: Transaction,
     keep_values: bool = False,
 ) -> None:
-    """Writes +0.0 to the pruned channels of writable originals, and the products of originals and masks.
+    """Writes +0.0 to the pruned channels of ``requests``, and masked values to the originals of ``pairs``.
 
-    Everything is checked, chosen, converted and made before the first write. Of several writes all but the
-    last are noted too: the transaction takes them back where a later one fails. With ``keep_values`` the
-    last one is noted as well, but for ``pairs``, whose values the caller notes.
+    All checks, choices and conversions come before the first write. Where there are several writes, the
+    transaction gets what all but the last one overwrite, to put it back where a later one fails. With
+    ``keep_values`` it also gets what the last one overwrites, but for the values of ``pairs``, which the
+    caller keeps.
     """
     p = None if reference.ranks_like_torch() else native_order(n)
     native, plain = _checked(requests, n, p)
@@ -449,7 +451,7 @@ def _choose(rows: Sequence[Request], p: float | None) -> None:
 
 
 def _note(row: Request, transaction: Transaction) -> Values:
-    """Notes what the request overwrites."""
+    """Gives the transaction what the request is going to overwrite."""
     assert row.keep is not None
     pruned = (~row.keep).nonzero().flatten().to(row.original.device)
     values = Values(row.original, row.dim, pruned)
@@ -458,7 +460,7 @@ def _note(row: Request, transaction: Transaction) -> Values:
 
 
 def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
-    """Inside, what is made can be written later, also in a call inside ``torch.inference_mode()``."""
+    """A block whose tensors are no inference tensors, so that they can be written later, outside."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
@@ -488,7 +490,7 @@ def check_own_values(tensor: Tensor, name: str) -> None:
 
 
 def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Originals that are not multiplied in place, each with its masked values, by identity."""
+    """By identity, the originals that cannot be multiplied in place, each with its masked values."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     with outside_inference_mode():
         for original, mask in pairs:
@@ -501,7 +503,7 @@ def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor,
 def _rounds(
     pairs: Sequence[tuple[Tensor, Tensor]], made: dict[int, tuple[Tensor, Tensor]]
 ) -> list[list[tuple[Tensor, Tensor]]]:
-    """The other pairs, masks converted, in rounds that have each original once: a write for each round."""
+    """The other pairs, in rounds of one write each. No original is twice in a round."""
     left = [(original, mask.to(original.dtype)) for original, mask in pairs if id(original) not in made]
     rounds = []
     while left:

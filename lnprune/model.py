@@ -39,10 +39,13 @@ def local_structured(
 ) -> Given:
     """Prunes many parameters, each as :func:`ln_structured` does, in one native call for each device.
 
-    What a loop of :func:`ln_structured` leaves, bit for bit, repeated pruning included (which ranks what
-    the last forward left: :func:`renew_masked` renews it), but that modules which share a weight also share
-    its mask. All parameters or, where one raises, none. On a GPU nothing is waited for, but to compare an
-    int amount with the channels that earlier pruning left.
+    The result is that of a loop of :func:`ln_structured`, bit for bit, but for one thing: modules that
+    share a weight also share its mask. All parameters are pruned or, where one raises, none.
+
+    A weight that has a mask is ranked by the values that the last forward gave it, as torch does
+    (:func:`renew_masked` gives it those of now). On a GPU the call returns before the work is done. Only
+    where ``amount`` is an int and a weight has a mask does it wait, to compare the int with the number of
+    channels that are left.
 
     Args:
         parameters: pairs ``(module, name)``, or a module; as for :func:`rank`.

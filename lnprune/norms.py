@@ -1,6 +1,6 @@
 """Rank: a list of weights -> the norms of their channels.
 
-The one place that asks: native, or plain torch?
+Native code takes what it can, all weights of a device in one call. Plain torch takes the rest.
 """
 
 from __future__ import annotations

@@ -15,10 +15,9 @@ from lnprune.application import Application
 from lnprune.messages import check_flags, shown
 from lnprune.parameters import Parameters, Weight, placed
 from lnprune.plan_file import PlanEntry
-from lnprune.selection import alive_groups, group_norms
 
 if TYPE_CHECKING:
-    from lnprune.selection import Layers
+    from lnprune.selection import Arrangement
 
 __all__ = ["Plan", "PlanEntry", "load_plan"]
 
@@ -35,16 +34,25 @@ class Plan:
         flags: Tensor,  # bool, of the channels of all weights, one after another, on the CPU
         n: Any,
         selection: dict[str, Any],
-        measured: Layers | None = None,
+        arrangement: Arrangement | None = None,
         entries: list[PlanEntry] | None = None,
+        cut: float | None = None,
     ):
         self.n = n
         self.selection = selection
         self._weights = weights
         self._flags = flags
-        self._measured = measured
+        self._arrangement = arrangement
         self._entries = entries
+        self._saved_cut = cut
         self._application: Application | None = None
+
+    @property
+    def _cut(self) -> float | None:
+        """Where a plan with ``scope="global"`` cuts the norms of all parameters."""
+        if self._arrangement is None or self.selection["scope"] != "global":
+            return self._saved_cut
+        return self._arrangement.cut(self._flags)
 
     def _split(self) -> Sequence[Tensor]:
         """The flags of each weight, as views."""
@@ -54,25 +62,22 @@ class Plan:
     def entries(self) -> list[PlanEntry]:
         """One :class:`PlanEntry` per parameter, in order."""
         if self._entries is None:
-            rows = zip(self._weights, self._split(), self._norms(), strict=True)
-            self._entries = [self._entry(weight, keep, *norms) for weight, keep, norms in rows]
+            rows = zip(self._weights, self._split(), self._ranked(), strict=True)
+            self._entries = [self._entry(*row) for row in rows]
         return self._entries
 
-    def _norms(self) -> list[tuple[Tensor, Tensor]]:
-        """Norms of the groups of each weight, and which of the groups are not gone."""
-        measured = self._measured
-        assert measured is not None, "a plan without norms has entries"
-        size = self.selection["group_size"]
-        groups = [channels // size for channels in measured.channels]
-        alive = alive_groups(measured, size)
-        if alive is None:
-            alive = torch.ones(sum(groups), dtype=torch.bool, device="cpu")
-        norms = group_norms(measured.norms, size, measured.p)
-        return list(zip(norms.split(groups), alive.split(groups), strict=True))
+    def _ranked(self) -> list[Tensor]:
+        """For each weight the norms of the groups that are left, as they were compared, largest first."""
+        arrangement = self._arrangement
+        assert arrangement is not None, "a plan without norms has entries"
+        norms = list(arrangement.scores.split(arrangement.groups))
+        if arrangement.alive is not None:
+            alive = arrangement.alive.split(arrangement.groups)
+            norms = [each[left] for each, left in zip(norms, alive, strict=True)]
+        return [torch.sort(each, descending=True).values for each in norms]
 
-    def _entry(self, weight: Weight, keep: Tensor, norms: Tensor, alive: Tensor) -> PlanEntry:
+    def _entry(self, weight: Weight, keep: Tensor, ranked: Tensor) -> PlanEntry:
         size = self.selection["group_size"]
-        ranked = torch.sort(norms[alive], descending=True, stable=True).values
         kept = int(keep[::size].sum())
         left = ranked.numel()
         channels = weight.channels
@@ -102,10 +107,13 @@ class Plan:
         return f"Plan({len(self)} parameters, {kept} of {channels} channels kept)"
 
     def __str__(self) -> str:
-        return report.table(self.n, self.selection, self.entries)
+        return report.table(self.n, self.selection, self.entries, self._cut)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the sorted norms of each layer with the cut, and the share of each that is kept.
+        """Draws the norms of each layer by rank with the cut, and the share of each layer that stays.
+
+        In a plan with ``scope="global"`` they are the norms that were compared, divided as ``normalize``
+        says, and a dashed line shows the cut that all layers have in common.
 
         Args:
             path: the picture's file, of any type that matplotlib writes.
@@ -114,13 +122,12 @@ class Plan:
             ImportError: matplotlib is not installed.
             RuntimeError: the plan was loaded from a file, which has no norms.
         """
-        if self._measured is None:
+        if self._arrangement is None:
             raise RuntimeError("plot needs the norms of a ranking, which a plan from a file does not have")
-        ranked = []
-        for keep, (norms, alive) in zip(self._split(), self._norms(), strict=True):
-            kept = int(keep.sum()) // self.selection["group_size"]
-            ranked.append((torch.sort(norms[alive], descending=True).values, kept))
-        report.plot(self.n, self.entries, ranked, path)
+        size = self.selection["group_size"]
+        kept = [int(keep.sum()) // size for keep in self._split()]
+        ranked = list(zip(self._ranked(), kept, strict=True))
+        report.plot(self.n, self.selection, self.entries, ranked, self._cut, path)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as numbers, strings, lists and dicts, as :meth:`save` writes it.
@@ -130,7 +137,7 @@ class Plan:
         """
         names = [weight.names for weight in self._weights]
         pruned = [(~keep).nonzero().flatten().tolist() for keep in self._split()]
-        return plan_file.document(self.n, self.selection, self.entries, names, pruned)
+        return plan_file.document(self.n, self.selection, self.entries, names, pruned, self._cut)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
@@ -251,4 +258,4 @@ def _read(path: str | os.PathLike[str]) -> Plan:
         flags = torch.ones(entry.channels, dtype=torch.bool, device="cpu")
         flags[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
         keep.append(flags)
-    return Plan(weights, torch.cat(keep), saved.n, saved.selection, entries=saved.entries)
+    return Plan(weights, torch.cat(keep), saved.n, saved.selection, None, saved.entries, saved.cut)

@@ -33,10 +33,17 @@ _LARGEST = sys.float_info.max
 class PlanEntry:
     """What a plan does to one parameter.
 
-    ``kept`` and ``channels`` are channels; channels that are gone before are not among the kept ones.
-    ``norm_at_cut`` is the norm of the last channel (or group) that is kept, None if none is;
-    ``margin`` is how much it is larger than that of the first one that is pruned, None if none is.
-    ``parameters_removed`` are elements of the weight that the plan prunes, of those left so far.
+    Attributes:
+        name: of the weight; the first, where it has several.
+        shape: of the weight.
+        dim: along which its channels lie.
+        channels: how many it has.
+        kept: how many stay. Channels that were gone before are not among them.
+        norm_at_cut: the norm of the last channel (or group) that stays, as it was compared: for
+            ``scope="global"`` divided as ``normalize`` says. None where none stays.
+        margin: how much larger that is than the norm of the first channel (or group) that goes. None where
+            none goes, or none stays.
+        parameters_removed: elements of the weight that the plan sets to zero and that were not gone before.
     """
 
     name: str
@@ -57,6 +64,7 @@ class SavedPlan(NamedTuple):
     entries: list[PlanEntry]
     names: list[list[str]]  # of each parameter, the first of them its entry's
     pruned: list[list[int]]
+    cut: float | None = None  # where a global plan cuts the norms of all parameters
 
 
 def document(
@@ -65,6 +73,7 @@ def document(
     entries: list[PlanEntry],
     names: list[list[str]],
     pruned: list[list[int]],
+    cut: float | None = None,
 ) -> dict[str, Any]:
     """A plan as numbers, strings, lists and dicts."""
     parameters = []
@@ -81,6 +90,7 @@ def document(
         "version": _VERSION,
         "n": _plain(n),
         "selection": _plain(selection),
+        **({} if cut is None else {"cut": _plain(cut)}),
         "parameters": parameters,
     }
 
@@ -112,7 +122,8 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         n, selection = _order(saved), _typed(saved, "selection", dict)
         with _named("selection."):
             selection = _selection_of(selection)
-        return SavedPlan(n, selection, *_parameters_of(saved))
+        cut = _number(saved, "cut") if "cut" in saved else None
+        return SavedPlan(n, selection, *_parameters_of(saved), cut)
 
 
 def _plain(value: Any) -> Any:

@@ -257,13 +257,14 @@ class Ranking:
                 kept or pruned together: the channels of an attention head, say.
 
         Returns:
-            a :class:`Plan` whose total is the feasible one nearest to what was asked for; of two that are
-            equally near, the one that keeps more. For ``of="channels"`` every total is feasible that the
-            constraints of the single layers allow. For ``of="parameters"`` channels are still kept in the
-            order of the ranking, so the feasible totals are those of its beginnings. With ``multiple_of``,
-            a ``scope="global"`` ranks blocks of so many channels, each layer's best in its first block, by
-            the sum of their norms. Ties go to the earlier parameter, then the lower index. The plan knows
-            of no pruning that came after the ranking.
+            a :class:`Plan`. With constraints not every total is possible: the plan has the possible total
+            that is nearest to ``amount``, and of two that are equally near, the one that keeps more. For
+            ``of="channels"`` a total is possible where the constraints of each layer allow it. For
+            ``of="parameters"`` channels also stay in the order of the ranking, so a total is possible where
+            it is that of the first channels of this order. With ``multiple_of`` and ``scope="global"``, the
+            channels of each layer are put in order and cut into blocks of that many. The blocks of all
+            layers are then ranked by the sum of their channels' norms. Ties go to the earlier parameter,
+            then to the lower index. The plan knows of no pruning that came after the ranking.
 
         Raises:
             ValueError: no count of a layer's channels meets the constraints, or its channels make no whole
@@ -309,7 +310,7 @@ class Ranking:
             raise TypeError("amount: expected one number for scope='global', got one per parameter")
         else:
             flags = arrangement.select_global(amount, of)
-        return Plan(self._weights, flags, self.n, {"amount": amount, **options}, self._layers)
+        return Plan(self._weights, flags, self.n, {"amount": amount, **options}, arrangement)
 
 
 def _on_cpu(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

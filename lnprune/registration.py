@@ -64,8 +64,10 @@ def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None
     return None
 
 
-# What registers in a module looks up the name with hasattr, whose failure costs more than all the rest.
-# Modules with registration of their own, by a method or a global hook, are registered with by its methods.
+# Torch's register_parameter and register_buffer first ask hasattr(module, name). Where the answer is no, as
+# it is here, that takes longer than all the rest of a registration. So names are put into the module's
+# dicts directly, unless the module's type has one of these methods of its own, or somebody watches
+# registrations.
 _TORCHS = (
     *(nn.Module.__setattr__, nn.Module.__getattr__, nn.Module.register_parameter),
     nn.Module.register_buffer,

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["plot", "save_figure", "table"]
 
-_HEADERS = ("parameter", "shape", "dim", "kept", "share", "norm at cut", "margin", "removed")
+_DIVISORS = {"size": "their size", "layer": "the layer's mean"}
+_HEADERS = ("parameter", "shape", "dim", "kept", "share", "norm at cut", "margin", "zeroed")
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _rows(entries: Sequence[PlanEntry]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def _rows(entries: Sequence[PlanEntry], cut: float | None) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (
             entry.name,
@@ -41,18 +42,24 @@ def _rows(entries: Sequence[PlanEntry]) -> tuple[list[tuple[str, ...]], tuple[st
         for entry in entries
     ]
     kept, channels = sum(e.kept for e in entries), sum(e.channels for e in entries)
-    removed = sum(entry.parameters_removed for entry in entries)
+    zeroed = sum(entry.parameters_removed for entry in entries)
     elements = sum(math.prod(entry.shape) for entry in entries)
     footer = (
         *(f"{len(rows)} parameters", f"{elements:,}", "", f"{kept} of {channels}"),
-        *(f"{kept / max(1, channels):.1%}", "", "", f"{removed:,} ({removed / max(1, elements):.1%})"),
+        *(f"{kept / max(1, channels):.1%}", _number(cut), ""),
+        f"{zeroed:,} ({zeroed / max(1, elements):.1%})",
     )
     return rows, footer
 
 
-def table(n: Any, selection: Mapping[str, Any], entries: Sequence[PlanEntry]) -> str:
-    """A plan as a table of one line per parameter, drawn by rich if that is installed."""
-    rows, footer = _rows(entries)
+def table(
+    n: Any, selection: Mapping[str, Any], entries: Sequence[PlanEntry], cut: float | None = None
+) -> str:
+    """A plan as a table of one line per parameter, drawn by rich if that is installed.
+
+    The last line has the totals and, of a global plan, the cut that all parameters have in common.
+    """
+    rows, footer = _rows(entries, cut)
     options = ", ".join(f"{key}={value!r}" for key, value in selection.items() if key != "amount")
     amount = selection["amount"]
     shown = "by name" if isinstance(amount, dict) else repr(amount)
@@ -89,62 +96,88 @@ def _plain_table(title: str, rows: list[tuple[str, ...]], footer: tuple[str, ...
     return "\n".join([title, text[0], rule, *text[1:-1], rule, text[-1]])
 
 
+# Inches.
+_CELL_WIDTH, _CELL_HEIGHT = 1.9, 1.55
+_SIDE, _HEAD, _FOOT = 0.65, 0.4, 0.2
+_BARS = 1.6
+
+
 def plot(
     n: Any,
+    selection: Mapping[str, Any],
     entries: Sequence[PlanEntry],
     ranked: Sequence[tuple[Tensor, int]],
+    cut: float | None,
     path: str | os.PathLike[str],
 ) -> None:
-    """Draws the sorted norms of each layer with the cut, and the share of each that is kept.
+    """Draws the norms of each layer by rank with the cut, and the share of each layer that stays.
 
     Args:
         n: the order of the norms.
+        selection: what the plan was asked for.
         entries: what the plan does to each parameter.
-        ranked: of each parameter the norms from the largest on, and how many of them are kept.
+        ranked: of each parameter the norms from the largest on, and how many of them stay.
+        cut: where all layers are cut, if they have a cut in common.
         path: the picture's file.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError as error:
         raise ImportError(
             'plot needs matplotlib, which the extra "plot" brings: pip install "lnprune[plot]"'
         ) from error
 
-    names = _distinct([entry.name for entry in entries])
+    names = _short([entry.name for entry in entries])
     count = max(1, len(ranked))
     columns = min(count, max(3, math.ceil(math.sqrt(2 * count))))
     lines = math.ceil(count / columns)
-    width, norms_height, shares_height = max(7.0, 1.9 * columns), 1.5 * lines + 0.5, 4.2
-    height = norms_height + shares_height
-    # Places in inches, of the figure's height and width: a layout engine takes seconds for many axes.
+    font = 6 if len(names) > 20 else 8
+    labels = max(map(len, names), default=0) * 0.62 * font / 72 + 0.15  # the longest name, turned
+    width = max(7.0, _SIDE + _CELL_WIDTH * columns)
+    height = _HEAD + lines * _CELL_HEIGHT + _FOOT + _BARS + labels
+    # Places in inches of the figure's width and height: a layout engine takes seconds for many axes.
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    cell = (width - _SIDE) / columns
+    groups = "groups of channels" if selection["group_size"] > 1 else "channels"
     for i, (norms, kept) in enumerate(ranked):
         line, column = divmod(i, columns)
-        left, bottom = 0.45 + column * (width - 0.3) / columns, height - 0.5 - 1.5 * (line + 1) + 0.3
-        cell = (width - 0.3) / columns
-        axis = figure.add_axes((left / width, bottom / height, (cell - 0.5) / width, 0.95 / height))
+        left, bottom = _SIDE + column * cell, height - _HEAD - (line + 1) * _CELL_HEIGHT + 0.4
+        axis = figure.add_axes((left / width, bottom / height, (cell - 0.45) / width, 0.95 / height))
         axis.plot(range(1, len(norms) + 1), norms, color="tab:blue", linewidth=1.4)
         axis.axvspan(kept + 0.5, max(len(norms), kept) + 0.5, color="tab:gray", alpha=0.25, linewidth=0)
+        if cut is not None and math.isfinite(cut):
+            axis.axhline(cut, color="tab:red", linewidth=0.9, linestyle="--")
         axis.set_title(names[i], fontsize=6.5, pad=3)
         axis.tick_params(labelsize=6)
         axis.margins(x=0)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         finite = norms[norms.isfinite()]
         if len(finite):
             axis.set_ylim(bottom=min(0.0, float(finite.min())))
-    figure.suptitle(f"norms of order {n}, by rank (grey: pruned)", fontsize=10, y=1 - 0.2 / height)
+        if column == 0:
+            axis.set_ylabel("norm", fontsize=7)
+        if i + columns >= len(ranked):
+            axis.set_xlabel(f"{groups}, by rank", fontsize=7)
+    normalize = selection["normalize"]
+    divided = "" if normalize == "none" else f", divided by {_DIVISORS[normalize]}"
+    common = "" if cut is None else "; dashed: the cut that all layers have in common"
+    title = f"norms of order {n}{divided} (grey: pruned{common})"
+    figure.suptitle(title, fontsize=9, y=1 - 0.15 / height, va="top")
 
     axis = figure.add_axes(
-        (0.7 / width, 2.0 / height, (width - 0.9) / width, (shares_height - 2.3) / height)
+        (_SIDE / width, labels / height, (width - _SIDE - 0.15) / width, (_BARS - 0.2) / height)
     )
     shares = [entry.kept / max(1, entry.channels) for entry in entries]
     axis.bar(range(len(shares)), shares, color="tab:blue")
     axis.set_ylim(0, 1)
     axis.margins(x=0.005)
-    axis.set_ylabel("kept share", fontsize=8)
+    axis.set_ylabel("channels that stay", fontsize=8)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xticks(range(len(shares)))
-    axis.set_xticklabels(names, rotation=90, fontsize=6 if len(names) > 20 else 8)
+    axis.set_xticklabels(names, rotation=90, fontsize=font)
     axis.tick_params(axis="y", labelsize=7)
     save_figure(figure, path, dpi=120)
 
@@ -157,14 +190,14 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
         figure.savefig(file, format=kind, dpi=dpi)
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """The names without what all have in common at their beginning and end, and no longer than a title."""
+def _short(names: Sequence[str]) -> list[str]:
+    """The names, no longer than a title: where one is longer, all are without the beginning they share."""
+    longest = 30
     parts = [name.split(".") for name in names]
-    if len(parts) > 1:
-        while all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:
-            parts = [part[:-1] for part in parts]
-        while all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
-            parts = [part[1:] for part in parts]
+    while any(len(".".join(part)) > longest for part in parts):
+        if len({part[0] for part in parts}) > 1 or min(map(len, parts)) == 1 or len(parts) == 1:
+            break
+        parts = [part[1:] for part in parts]
+    half = longest // 2
     joined = [".".join(part) for part in parts]
-    half = 15
-    return [name if len(name) <= 2 * half else f"{name[:half]}…{name[1 - half :]}" for name in joined]
+    return [name if len(name) <= longest else f"{name[:half]}…{name[1 - half :]}" for name in joined]

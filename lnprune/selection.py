@@ -251,6 +251,20 @@ class Arrangement:
             length -= 1
         return self._channels(self._required.clone().index_fill_(0, self._ranking[:length].flatten(), True))
 
+    def cut(self, flags: Tensor) -> float | None:
+        """Where a global choice cuts all layers: the smallest score of a block that stays.
+
+        Blocks that stay only because of ``min_channels``, below one that goes, do not count. The score of a
+        block is the mean of its groups. None where nothing goes, or nothing stays.
+        """
+        blocks, _ = self._blocks
+        scores = _at(self.scores, blocks.flatten()).view(blocks.shape).mean(dim=1).nan_to_num(nan=math.inf)
+        kept = _at(flags.view(-1, self.group_size)[:, 0], blocks[:, 0])
+        if kept.all():
+            return None
+        above = scores[kept & (scores >= scores[~kept].max())]
+        return float(above.min()) if above.numel() else None
+
     def _first_blocks(self, blocks: Sequence[int]) -> Tensor:
         """Bool keep flags of all groups: so many blocks of each layer, the first by rank."""
         counts = [
@@ -295,6 +309,19 @@ class Arrangement:
         return order
 
     @functools.cached_property
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """The whole blocks by layer and by rank within it, as rows of their groups, and which may go."""
+        per_block = self.step // self.group_size
+        groups = _sorted(self._by_rank(), self.layer_of_group, descending=False)
+        layers = _at(self.layer_of_group, groups)
+        left = _integers(self.left) // self.group_size
+        position = torch.arange(groups.numel(), device="cpu") - _at(left.cumsum(0) - left, layers)
+        whole = (position < _at(_integers(self.most) * per_block, layers)).nonzero().flatten()
+        may_go = position >= _at(_integers(self.fewest) * per_block, layers)
+        shape = (-1, per_block)
+        return _at(groups, whole).view(shape), _at(may_go, whole).view(shape)[:, 0]
+
+    @functools.cached_property
     def _ranking(self) -> Tensor:
         """The blocks that may be pruned, by rank, as rows of their groups."""
         scores = self.scores
@@ -302,19 +329,10 @@ class Arrangement:
         if self.step == self.group_size:
             optional = ~_at(self._required, order)
             return _at(order, optional.nonzero().flatten()).view(-1, 1)
-        # By layer, and within a layer by rank: a block is the groups of so many ranks.
-        per_block = self.step // self.group_size
-        arranged = _sorted(order, self.layer_of_group, descending=False)
-        layers = _at(self.layer_of_group, arranged)
-        left = _integers(self.left) // self.group_size
-        position = torch.arange(arranged.numel(), device="cpu") - _at(left.cumsum(0) - left, layers)
-        first = _at(_integers(self.fewest) * per_block, layers)
-        last = _at(_integers(self.most) * per_block, layers)
-        inside = (position >= first) & (position < last)
-        optional = _at(arranged, inside.nonzero().flatten())
-        if optional.numel() == 0:
-            return optional.view(0, 1)
-        blocks = optional.view(-1, per_block)
+        blocks, may_go = self._blocks
+        blocks = blocks[may_go]
+        if blocks.numel() == 0:
+            return blocks
         # One group after another, so that equal blocks have equal sums.
         sums = functools.reduce(torch.add, (_at(scores, groups) for groups in blocks.unbind(1)))
         return _at(blocks, torch.sort(sums, descending=True, stable=True).indices)

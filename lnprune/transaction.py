@@ -77,27 +77,28 @@ class Transaction:
 
 
 class Values:
-    """What a tensor holds, or some of its channels, and the way back, bit for bit.
+    """The values of a tensor, or of some of its channels, and a way to put them back, bit for bit.
 
-    Without ``copied``, the tensor is about to be given another memory, and the one that it has is kept.
+    With ``copied``, they are copied: the tensor is going to be overwritten in place. Without, the tensor is
+    going to get new memory, so that its old memory, which keeps the values, only has to be remembered.
     """
 
     def __init__(self, tensor: Tensor, dim: int, channels: Tensor | None = None, copied: bool = True):
         self.tensor, self.dim, self.channels, self.copied = tensor, dim, channels, copied
-        self.data = tensor.data  # where the values lie, should the tensor be given others
+        self.data = tensor.data  # the memory of the values
         self.saved = self.part()
         if channels is None and copied:
             self.saved = self.saved.clone()
 
     def part(self) -> Tensor:
-        """The bits that the tensor holds now where it held the saved ones."""
+        """The bits that the tensor has now, where the values were."""
         whole = bits(self.tensor.data)
         if self.channels is None:
             return whole
         return whole.index_select(self.dim, self.channels.to(whole.device))
 
     def write(self, part: Tensor) -> None:
-        """Puts bits there, as of the dtype that the tensor has now."""
+        """Overwrites them with other bits, of the dtype that the tensor has now."""
         whole = bits(self.tensor.data)
         if self.channels is None:
             whole.copy_(part)
@@ -106,7 +107,7 @@ class Values:
         increment_version(self.tensor)
 
     def restore(self) -> None:
-        """What was, in the memory where it was."""
+        """Puts the values back, in the memory where they were."""
         self.tensor.data = self.data
         if self.copied:
             self.write(self.saved)

@@ -69,17 +69,51 @@ def test_entries_of_layers_of_which_nothing_is_kept():
     ]
 
 
-def test_entries_have_the_norms_themselves_whatever_layers_are_divided_by():
-    model = nn.Sequential(rows(6, 3, 1, size=4), rows(5, 2, size=9))
-    for normalize in ("size", "layer", "none"):
-        plan = lnprune.rank(model, 1, 0).select(2, scope="global", normalize=normalize)
-        kept = [each.kept for each in plan.entries]
-        assert sum(kept) == 3
-        for each, norms in zip(plan.entries, ([6.0, 3.0, 1.0], [5.0, 2.0]), strict=True):
-            assert each.norm_at_cut == norms[each.kept - 1]
-            assert each.margin == (
-                None if each.kept == len(norms) else norms[each.kept - 1] - norms[each.kept]
-            )
+@pytest.mark.parametrize(
+    ("normalize", "compared", "kept", "cut"),
+    [
+        ("none", ([6.0, 3.0, 1.0], [5.0, 2.0]), [2, 1], 3.0),
+        # Order 1: divided by the 4 and the 10 elements of a channel.
+        ("size", ([1.5, 0.75, 0.25], [0.5, 0.2]), [2, 1], 0.5),
+        # Divided by the means 10 / 3 and 3.5.
+        ("layer", ([1.8, 0.9, 0.3], [5 / 3.5, 2 / 3.5]), [2, 1], 0.9),
+    ],
+)
+def test_entries_of_global_plans_have_the_norms_that_were_compared(normalize, compared, kept, cut):
+    model = nn.Sequential(rows(6, 3, 1, size=4), rows(5, 2, size=10))
+    plan = lnprune.rank(model, 1, 0).select(2, scope="global", normalize=normalize)
+    assert [each.kept for each in plan.entries] == kept
+    for each, norms in zip(plan.entries, compared, strict=True):
+        assert each.norm_at_cut == pytest.approx(norms[each.kept - 1])
+        assert each.margin == pytest.approx(norms[each.kept - 1] - norms[each.kept])
+    assert str(plan).splitlines()[-1].split()[-3] == f"{cut:.4g}"
+    # No channel that goes is above the cut, and none that stays below it.
+    for each, norms in zip(plan.entries, compared, strict=True):
+        assert norms[each.kept - 1] >= cut * (1 - 1e-9)
+        assert norms[each.kept] <= cut
+
+
+def test_the_cut_of_blocks_is_their_mean():
+    model = nn.Sequential(rows(6, 4, 1, 1), rows(5, 2, 3, 3))
+    plan = lnprune.rank(model, 1, 0).select(4, scope="global", multiple_of=2, min_channels=0)
+    assert [each.kept for each in plan.entries] == [2, 2]
+    assert str(plan).splitlines()[-1].split()[-3] == "4"  # of 5 and 3; 6 and 4 have 5
+
+
+@pytest.mark.parametrize(
+    ("amount", "fewest", "cells"),
+    [
+        (6, 1, ["25.0%", "5", "6", "(75.0%)"]),
+        (7, 1, ["25.0%", "5", "6", "(75.0%)"]),
+        (4, 3, ["75.0%", "3", "2", "(25.0%)"]),  # a 1 and a 2 go and a 1 stays, since three have to
+        (0, 1, ["100.0%", "0", "(0.0%)"]),
+        (8, 0, ["0.0%", "8", "(100.0%)"]),
+    ],
+)
+def test_the_cut_leaves_out_what_only_constraints_keep(amount, fewest, cells):
+    model = nn.Sequential(rows(6, 4, 1, 1), rows(5, 2, 3, 3))
+    plan = lnprune.rank(model, 1, 0).select(amount, scope="global", min_channels=fewest)
+    assert str(plan).splitlines()[-1].split()[-len(cells) :] == cells
 
 
 def test_entries_of_groups():
@@ -112,8 +146,8 @@ def test_entries_leave_out_what_was_pruned_before():
     assert plan.entries == [entry("weight", (5, 3), 0, 5, 3, 2.0, None, 0)]
 
 
-def python_entry(name, tensor, mask, dim, n, keep, group_size):
-    """One entry in plain Python, from the elements."""
+def python_entry(name, tensor, mask, dim, n, keep, group_size, scope):
+    """One entry in plain Python, from the elements; of a global plan with norms divided by their size."""
     channels, count = tensor.movedim(dim, 0).flatten(1), tensor.shape[dim]
     alive = mask.movedim(dim, 0).flatten(1).any(dim=1).tolist()
     norms = {True: [], False: []}
@@ -126,6 +160,8 @@ def python_entry(name, tensor, mask, dim, n, keep, group_size):
                 math.inf: max,
                 -math.inf: min,
             }.get(n, lambda v: 0.0 if n < 0 and 0 in v else math.fsum(x**n for x in v) ** (1 / n))(values)
+            if scope == "global":
+                norm /= len(values) ** (1 if n == 0 else 1 / n)
             norms[keep[start]].append(norm)
     kept, lost = sorted(norms[True]), sorted(norms[False])
     return entry(
@@ -159,7 +195,7 @@ def test_entries_against_plain_python(scope, group_size, n):
         dim = (0, 1, 1, 0)[i]
         mask = getattr(module, "weight_mask", torch.ones_like(module.weight))
         weight, keep = module.weight.detach().double(), plan.keep[f"{i}.weight"].tolist()
-        assert each == python_entry(f"{i}.weight", weight, mask, dim, n, keep, group_size)
+        assert each == python_entry(f"{i}.weight", weight, mask, dim, n, keep, group_size, scope)
 
 
 def test_keep_len_and_repr():
@@ -229,12 +265,12 @@ def test_the_plain_table(monkeypatch):
     assert str(ranking.select(2, scope="global", multiple_of=2, min_channels=0)).splitlines() == [
         "amount=2, n=inf, scope='global', of='channels', normalize='size', min_channels=0, multiple_of=2, "
         "group_size=1",
-        "parameter        shape  dim    kept   share  norm at cut  margin        removed",
+        "parameter        shape  dim    kept   share  norm at cut  margin         zeroed",
         "-------------------------------------------------------------------------------",
         "0.weight      4 x 3000    0  2 of 4   50.0%            3       0          6,000",
         "1.weight         2 x 4    0  2 of 2  100.0%         4.25                      0",
         "-------------------------------------------------------------------------------",
-        "2 parameters    12,008       4 of 6   66.7%                       6,000 (50.0%)",
+        "2 parameters    12,008       4 of 6   66.7%          4.5          6,000 (50.0%)",
     ]
 
 
@@ -318,8 +354,8 @@ def test_a_plot_shows_the_norms_by_rank_and_how_many_are_kept(monkeypatch, tmp_p
     monkeypatch.setattr(report, "plot", lambda *arguments: drawn.append(arguments))
     plan = example()
     plan.plot("path")
-    ((n, entries, ranked, path),) = drawn
-    assert (n, entries, path) == (1, plan.entries, "path")
+    ((n, selection, entries, ranked, cut, path),) = drawn
+    assert (n, selection, entries, cut, path) == (1, plan.selection, plan.entries, None, "path")
     assert [entry.name for entry in entries] == ["0.weight", "2.weight", "3.weight"]
     assert [(norms.tolist(), kept) for norms, kept in ranked] == [
         ([6.0, 3.0, 3.0, 1.0], 2),
@@ -328,8 +364,60 @@ def test_a_plot_shows_the_norms_by_rank_and_how_many_are_kept(monkeypatch, tmp_p
     ]
     module = prune_channels(rows(9, 9, 3, 4, 0, 6), [0, 1])
     lnprune.rank(module, 2, 0).select(2, group_size=2).plot("path")
-    ((norms, kept),) = drawn[1][2]
+    ((norms, kept),) = drawn[1][3]
     assert (norms.tolist(), kept) == ([6.0, 5.0], 1)
+    model = nn.Sequential(rows(6, 3, 1, size=4), rows(5, 2, size=10))
+    lnprune.rank(model, 1, 0).select(2, scope="global").plot("path")
+    ranked, cut = drawn[2][3:5]
+    assert [norms.tolist() for norms, _ in ranked] == [[1.5, 0.75, 0.25], [0.5, 0.2]]
+    assert cut == 0.5
+
+
+def drawn_figure(plan, monkeypatch):
+    """What a plot is made of: the axes of the layers, and the axis of the shares."""
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, *_, **__: figures.append(figure))
+    plan.plot("path")
+    (figure,) = figures
+    figure.canvas.draw()
+    return figure.axes[:-1], figure.axes[-1]
+
+
+def test_a_plot_has_labels_whole_ticks_and_names(monkeypatch):
+    pytest.importorskip("matplotlib")
+    layers, shares = drawn_figure(example(), monkeypatch)
+    assert [axis.get_title() for axis in layers] == ["0.weight", "2.weight", "3.weight"]
+    assert [label.get_text() for label in shares.get_xticklabels()] == ["0.weight", "2.weight", "3.weight"]
+    assert layers[0].get_ylabel() == "norm"
+    assert {axis.get_xlabel() for axis in layers} == {"channels, by rank"}
+    assert shares.get_ylabel() == "channels that stay"
+    for axis in layers:
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
+    # Names are below the bars, and nothing is below the names.
+    canvas = shares.figure.canvas.get_renderer()
+    lowest = min(label.get_window_extent(canvas).y0 for label in shares.get_xticklabels())
+    assert 0 <= lowest < 0.1 * shares.figure.bbox.height
+
+
+def test_a_plot_of_a_global_plan_has_one_cut(monkeypatch):
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(rows(6, 3, 1, size=4), rows(5, 2, size=10))
+    layers, _ = drawn_figure(lnprune.rank(model, 1, 0).select(2, scope="global"), monkeypatch)
+    for axis in layers:
+        _, cut = axis.get_lines()
+        assert list(cut.get_ydata()) == [0.5, 0.5]
+    assert "divided by their size" in layers[0].figure.get_suptitle()
+    layers, _ = drawn_figure(example(), monkeypatch)
+    assert all(len(axis.get_lines()) == 1 for axis in layers)
+
+
+def test_names_in_a_plot_are_short_enough_and_told_apart():
+    assert report._short(["0.weight", "2.weight"]) == ["0.weight", "2.weight"]
+    long = [f"model.encoder.layers.{i}.attention.query.weight" for i in (0, 11)]
+    assert report._short(long) == ["0.attention.query.weight", "11.attention.query.weight"]
+    (name,) = report._short(["a" * 40])
+    assert len(name) == 30
+    assert report._short([]) == []
 
 
 def test_without_matplotlib_a_plot_names_the_extra(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ ENTRY = {
 }
 OTHER = {**ENTRY, "name": "c.weight", "shared_with": []}
 PLAN = {
-    **{"format": "lnprune plan", "version": 1, "n": 2},
+    **{"format": "lnprune plan", "version": 1, "n": 2, "cut": 0.25},
     **{"selection": SELECTION, "parameters": [ENTRY, OTHER]},
 }
 
@@ -69,7 +69,8 @@ def plans(draw):
         "min_channels": draw(st.integers(0, 2**60)),
         "group_size": draw(st.integers(1, 2**60)),
     }
-    return draw(orders), selection, entries, names, [indices for _, _, indices in rows]
+    pruned = [indices for _, _, indices in rows]
+    return draw(orders), selection, entries, names, pruned, draw(numbers)
 
 
 def as_text(values):
@@ -92,7 +93,7 @@ def test_what_can_be_written_can_be_read(plan, tmp_path_factory):
 @pytest.mark.parametrize("n", [None, True, 2, 2.5, math.inf, -math.inf, math.nan, "fro", "nuc"], ids=repr)
 def test_every_order_comes_back(n, tmp_path):
     path = tmp_path / "plan.json"
-    plan_file.write(path, plan_file.document(n, SELECTION, [], [], []))
+    plan_file.write(path, plan_file.document(n, SELECTION, [], [], [], math.inf))
     assert as_text(plan_file.read(path).n) == as_text(n)
 
 
@@ -176,7 +177,7 @@ def test_a_value_is_taken_or_named(place, value, tmp_path):
 TAKEN = {
     **{"n": [None, True, -1, 1.5], "amount": [True, {}]},
     **{"name": ["x"], "shared_with": [[]]},
-    **{key: [None, -1, 1.5] for key in ("norm_at_cut", "margin")},
+    **{key: [None, -1, 1.5] for key in ("norm_at_cut", "margin", "cut")},
 }
 
 NAMED = {

@@ -3,7 +3,7 @@
 
 #include "../kernels.h"
 #include "../masked_product.h"
-#include "uncached.h"
+#include "non_temporal.h"
 
 namespace lnprune::cpu {
 
@@ -33,7 +33,7 @@ struct WritePart {
   const void* original;
   void* new_mask;
   void* weight;
-  bool past_caches;
+  bool non_temporal;
 };
 
 // Channels whose run is shorter than this are reduced as columns of the flat matrix; longer ones

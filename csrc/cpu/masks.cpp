@@ -64,15 +64,15 @@ struct ColumnPart {
   const bool* keep;
 };
 
-// Shares the tasks of all items among threads: on_columns(item, ColumnPart, past_caches) where
-// channels are columns, on_runs(item, element, length, past_caches) for elements side by side.
+// Shares the tasks of all items among threads: on_columns(item, ColumnPart, non_temporal) where
+// channels are columns, on_runs(item, element, length, non_temporal) for elements side by side.
 template <class Item, class PastCaches, class OnColumns, class OnRuns>
 void visit(const Item* items, size_t count, int64_t most_tile_elements, const Threads& threads,
-           PastCaches past_caches, OnColumns on_columns, OnRuns on_runs) {
+           PastCaches non_temporal, OnColumns on_columns, OnRuns on_runs) {
   struct Cut {
     Tiles tiles;
     int64_t first_task;
-    bool past_caches;
+    bool non_temporal;
   };
   std::vector<Cut> cuts(count);
   int64_t tasks = 0;
@@ -80,7 +80,7 @@ void visit(const Item* items, size_t count, int64_t most_tile_elements, const Th
   for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
   const int64_t elements_per_tile = tile_elements(elements, most_tile_elements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    cuts[i] = {make_tiles(items[i].slices, elements_per_tile), tasks, past_caches(items[i])};
+    cuts[i] = {make_tiles(items[i].slices, elements_per_tile), tasks, non_temporal(items[i])};
     tasks += cuts[i].tiles.count;
   }
   const auto run_tasks = [&](int64_t begin, int64_t end) {
@@ -94,16 +94,16 @@ void visit(const Item* items, size_t count, int64_t most_tile_elements, const Th
       const int64_t column = local % tiles.strips * tiles.columns_per_tile;
       const int64_t columns = std::min(tiles.columns_per_tile, tiles.columns - column);
       if (tiles.runs) {
-        on_runs(item, column, columns, cuts[i].past_caches);
+        on_runs(item, column, columns, cuts[i].non_temporal);
       } else {
         on_columns(item,
                    ColumnPart{row * tiles.columns + column,
                               std::min(tiles.rows_per_tile, tiles.rows - row), tiles.columns,
                               columns, item.keep + column / item.slices.inner},
-                   cuts[i].past_caches);
+                   cuts[i].non_temporal);
       }
     }
-    finish_past_caches();
+    finish_non_temporal();
   };
   using RunTasks = decltype(run_tasks);
   const auto body = [](void* context, int64_t begin, int64_t end) {
@@ -114,7 +114,7 @@ void visit(const Item* items, size_t count, int64_t most_tile_elements, const Th
   threads.run(tasks, grain, body, const_cast<void*>(static_cast<const void*>(&run_tasks)));
 }
 
-WritePart part_at(const WriteItem& item, int64_t element, bool past_caches) {
+WritePart part_at(const WriteItem& item, int64_t element, bool non_temporal) {
   const int64_t offset = element * element_bytes(item.type);
   const auto at = [offset](const void* base) -> const void* {
     return base == nullptr ? nullptr : static_cast<const char*>(base) + offset;
@@ -122,7 +122,7 @@ WritePart part_at(const WriteItem& item, int64_t element, bool past_caches) {
   const auto into = [offset](void* base) -> void* {
     return base == nullptr ? nullptr : static_cast<char*>(base) + offset;
   };
-  return {at(item.mask), at(item.original), into(item.new_mask), into(item.weight), past_caches};
+  return {at(item.mask), at(item.original), into(item.new_mask), into(item.weight), non_temporal};
 }
 
 // Zeros the pruned columns of a part, on words of the elements' size. A cache line that holds none
@@ -160,7 +160,7 @@ void zero_columns(Word* words, const ColumnPart& part, int64_t inner) {
 }
 
 // Zeros the pruned channels among `length` elements from this one on.
-void zero_runs(const ZeroItem& item, int64_t element, int64_t length, bool past_caches) {
+void zero_runs(const ZeroItem& item, int64_t element, int64_t length, bool non_temporal) {
   const int64_t inner = item.slices.inner;
   const int64_t bytes = element_bytes(item.type);
   const int64_t end = element + length;
@@ -169,8 +169,8 @@ void zero_runs(const ZeroItem& item, int64_t element, int64_t length, bool past_
     const int64_t n = std::min((run + 1) * inner, end) - element;
     if (!item.keep[run % item.slices.channels]) {
       char* out = static_cast<char*>(item.elements) + element * bytes;
-      if (past_caches) {
-        zero_past_caches(out, n * bytes);
+      if (non_temporal) {
+        zero_non_temporal(out, n * bytes);
       } else {
         std::memset(out, 0, n * bytes);
       }
@@ -185,16 +185,16 @@ void write(const WriteItem* items, size_t count, int64_t bytes_of_call, const Th
   visit(
       items, count, kTileElements, threads,
       [bytes_of_call](const WriteItem& item) {
-        return pays_past_caches(item.new_mask, item.slices.elements() * element_bytes(item.type),
-                                bytes_of_call);
+        return pays_non_temporal(item.new_mask, item.slices.elements() * element_bytes(item.type),
+                                 bytes_of_call);
       },
-      [](const WriteItem& item, const ColumnPart& part, bool past_caches) {
+      [](const WriteItem& item, const ColumnPart& part, bool non_temporal) {
         instructions().write_columns[static_cast<int>(item.type)](
-            part_at(item, part.element, past_caches), part.rows, part.row_stride, part.columns,
+            part_at(item, part.element, non_temporal), part.rows, part.row_stride, part.columns,
             item.slices.inner, part.keep);
       },
-      [](const WriteItem& item, int64_t element, int64_t length, bool past_caches) {
-        instructions().write_runs[static_cast<int>(item.type)](part_at(item, element, past_caches),
+      [](const WriteItem& item, int64_t element, int64_t length, bool non_temporal) {
+        instructions().write_runs[static_cast<int>(item.type)](part_at(item, element, non_temporal),
                                                                element, length, item.slices.inner,
                                                                item.slices.channels, item.keep);
       });
@@ -208,8 +208,8 @@ void zero(const ZeroItem* items, size_t count, const Threads& threads) {
   visit(
       items, count, kZeroTileElements, threads,
       [bytes](const ZeroItem& item) {
-        return pays_past_caches(item.elements, item.slices.elements() * element_bytes(item.type),
-                                bytes);
+        return pays_non_temporal(item.elements, item.slices.elements() * element_bytes(item.type),
+                                 bytes);
       },
       [](const ZeroItem& item, const ColumnPart& part, bool) {
         const int64_t inner = item.slices.inner;

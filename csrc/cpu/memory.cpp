@@ -1,7 +1,7 @@
 // What the CPU backend asks of the system about memory: huge pages, which pages are there, and
 // whether they can be written.
 #include "../kernels.h"
-#include "uncached.h"
+#include "non_temporal.h"
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -41,16 +41,16 @@ bool is_there(const void* block, int64_t bytes) {
 
 }  // namespace
 
-bool pays_past_caches(const void* block, int64_t bytes, int64_t bytes_of_call) {
+bool pays_non_temporal(const void* block, int64_t bytes, int64_t bytes_of_call) {
 #if defined(__linux__)
   static const bool huge_pages = has_huge_pages();
-  if (bytes_of_call < kPastCachesBytes) return false;
+  if (bytes_of_call < kNonTemporalBytes) return false;
   const bool gets_huge_pages = huge_pages && bytes >= 2 * static_cast<int64_t>(kHugePage);
   return gets_huge_pages || is_there(block, bytes);
 #else
   (void)block;
   (void)bytes;
-  return bytes_of_call >= kPastCachesBytes;
+  return bytes_of_call >= kNonTemporalBytes;
 #endif
 }
 

@@ -69,8 +69,8 @@ struct Flag<T, 1> {
 
 #define LNPRUNE_INLINE __attribute__((always_inline))
 
-// One line, aligned, past the caches. Vectors as wide as those that the compiler makes of loops,
-// so that what was just made is in a register.
+// A non-temporal store of one aligned line, in vectors as wide as those that the compiler makes of
+// loops, so that what was just computed is in a register.
 LNPRUNE_FUNCTION void stream_line(void* out, const void* line) {
 #if LNPRUNE_X86_64_LEVEL >= 3
   const __m256i* vectors = static_cast<const __m256i*>(line);
@@ -87,12 +87,12 @@ LNPRUNE_FUNCTION void stream_line(void* out, const void* line) {
 #endif
 }
 
-// out[i] = value(i), whole lines past the caches where that is asked for. `Bits` is unsigned or a
-// floating type.
+// out[i] = value(i), by non-temporal stores for whole lines where that is asked for. `Bits` is an
+// unsigned or a floating type.
 template <class Bits, class Value>
-LNPRUNE_FUNCTION void store(Bits* __restrict out, int64_t n, bool past_caches, Value value) {
+LNPRUNE_FUNCTION void store(Bits* __restrict out, int64_t n, bool non_temporal, Value value) {
   int64_t i = 0;
-  if (past_caches) {
+  if (non_temporal) {
     constexpr int64_t kLine = kCacheLine / sizeof(Bits);
     const int64_t head = bytes_to_line(out, n * static_cast<int64_t>(sizeof(Bits))) / sizeof(Bits);
     for (; i < head; ++i) out[i] = value(i);
@@ -108,18 +108,18 @@ LNPRUNE_FUNCTION void store(Bits* __restrict out, int64_t n, bool past_caches, V
 // out[i] = flags[i] * x[i] for flags of ones and zeros.
 template <class T>
 LNPRUNE_FUNCTION void multiply_flags(const T* flags, const T* x, T* out, int64_t n,
-                                     bool past_caches) {
+                                     bool non_temporal) {
   using Bits = typename Flag<T>::Bits;
   const Bits* flag_bits = reinterpret_cast<const Bits*>(flags);
   const Bits* x_bits = reinterpret_cast<const Bits*>(x);
   const Flag<T> product;
-  store(reinterpret_cast<Bits*>(out), n, past_caches,
+  store(reinterpret_cast<Bits*>(out), n, non_temporal,
         [=](int64_t i) LNPRUNE_INLINE { return product.times(flag_bits[i], x_bits[i]); });
 }
 
 // out[i] = mask[i] * x[i]. Masks are mostly ones and zeros, but custom ones can hold anything.
 template <class T>
-LNPRUNE_FUNCTION void multiply(const T* mask, const T* x, T* out, int64_t n, bool past_caches) {
+LNPRUNE_FUNCTION void multiply(const T* mask, const T* x, T* out, int64_t n, bool non_temporal) {
   if constexpr (Flag<T>::kOnBits) {
     using Bits = typename Flag<T>::Bits;
     const Bits* bits = reinterpret_cast<const Bits*>(mask);
@@ -130,60 +130,61 @@ LNPRUNE_FUNCTION void multiply(const T* mask, const T* x, T* out, int64_t n, boo
       other |= without_one;
     }
     if (other == 0) {
-      multiply_flags(mask, x, out, n, past_caches);
+      multiply_flags(mask, x, out, n, non_temporal);
       return;
     }
-    store(reinterpret_cast<Bits*>(out), n, past_caches, [=](int64_t i) LNPRUNE_INLINE {
+    store(reinterpret_cast<Bits*>(out), n, non_temporal, [=](int64_t i) LNPRUNE_INLINE {
       return lnprune::bit_cast<Bits>(masked_product(mask[i], x[i]));
     });
   } else {
-    store(out, n, past_caches,
+    store(out, n, non_temporal,
           [=](int64_t i) LNPRUNE_INLINE { return masked_product(mask[i], x[i]); });
   }
 }
 
 // out[i] = flag * x[i] for one flag of one or zero.
 template <class T>
-LNPRUNE_FUNCTION void multiply_flag(T flag, const T* x, T* out, int64_t n, bool past_caches) {
+LNPRUNE_FUNCTION void multiply_flag(T flag, const T* x, T* out, int64_t n, bool non_temporal) {
   using Bits = typename Flag<T>::Bits;
   const Bits flag_bits = lnprune::bit_cast<Bits>(flag);
   const Bits* x_bits = reinterpret_cast<const Bits*>(x);
   const Flag<T> product;
-  store(reinterpret_cast<Bits*>(out), n, past_caches,
+  store(reinterpret_cast<Bits*>(out), n, non_temporal,
         [=](int64_t i) LNPRUNE_INLINE { return product.times(flag_bits, x_bits[i]); });
 }
 
 // As bits: GCC vectorises no copies of class types.
 template <class T>
-LNPRUNE_FUNCTION void fill(T flag, T* out, int64_t n, bool past_caches) {
+LNPRUNE_FUNCTION void fill(T flag, T* out, int64_t n, bool non_temporal) {
   using Bits = typename Flag<T>::Bits;
   const Bits flag_bits = lnprune::bit_cast<Bits>(flag);
-  store(reinterpret_cast<Bits*>(out), n, past_caches,
+  store(reinterpret_cast<Bits*>(out), n, non_temporal,
         [=](int64_t) LNPRUNE_INLINE { return flag_bits; });
 }
 
 template <class T>
-LNPRUNE_FUNCTION void copy(const T* x, T* out, int64_t n, bool past_caches) {
+LNPRUNE_FUNCTION void copy(const T* x, T* out, int64_t n, bool non_temporal) {
   using Bits = typename Flag<T>::Bits;
   const Bits* x_bits = reinterpret_cast<const Bits*>(x);
-  store(reinterpret_cast<Bits*>(out), n, past_caches,
+  store(reinterpret_cast<Bits*>(out), n, non_temporal,
         [=](int64_t i) LNPRUNE_INLINE { return x_bits[i]; });
 }
 
-// A block of a repeated mask, made by make_mask(place), and its weight, which is read from where
-// the block was made: in place, or, since what is stored past the caches is far away, beside it.
+// A block of a repeated mask, made by make_mask(place), and its weight, which is multiplied with
+// the block where it was made. That is the mask itself or, since non-temporal stores leave nothing
+// in the caches, a buffer.
 template <class T, class MakeMask>
 LNPRUNE_FUNCTION void write_block(const WritePart& part, int64_t start, int64_t n,
                                   MakeMask make_mask) {
   alignas(kCacheLine) T buffer[kWriteBlock<T>];
   T* out = static_cast<T*>(part.new_mask) + start;
-  T* made = part.past_caches ? buffer : out;
+  T* made = part.non_temporal ? buffer : out;
   make_mask(made);
   if (part.weight != nullptr) {
     multiply<T>(made, static_cast<const T*>(part.original) + start,
-                static_cast<T*>(part.weight) + start, n, part.past_caches);
+                static_cast<T*>(part.weight) + start, n, part.non_temporal);
   }
-  if (part.past_caches) copy<T>(made, out, n, true);
+  if (part.non_temporal) copy<T>(made, out, n, true);
 }
 
 template <class T>
@@ -200,9 +201,9 @@ void write_runs(const WritePart& part, int64_t first, int64_t length, int64_t in
     if (n > kWriteBlock<T>) n = kWriteBlock<T>;
     const T flag = static_cast<T>(keep[run % channels] ? 1.0f : 0.0f);
     if (mask == nullptr) {
-      fill(flag, new_mask + start, n, part.past_caches);
+      fill(flag, new_mask + start, n, part.non_temporal);
       if (weight != nullptr) {
-        multiply_flag(flag, original + start, weight + start, n, part.past_caches);
+        multiply_flag(flag, original + start, weight + start, n, part.non_temporal);
       }
     } else {
       write_block<T>(part, start, n, [=](T* made) LNPRUNE_INLINE {
@@ -250,9 +251,9 @@ void write_columns(const WritePart& part, int64_t rows, int64_t row_stride, int6
       const int64_t at = r * row_stride + start;
       const T* block_flags = flags + start;
       if (mask == nullptr) {
-        copy(block_flags, new_mask + at, n, part.past_caches);
+        copy(block_flags, new_mask + at, n, part.non_temporal);
         if (weight != nullptr) {
-          multiply_flags(block_flags, original + at, weight + at, n, part.past_caches);
+          multiply_flags(block_flags, original + at, weight + at, n, part.non_temporal);
         }
       } else {
         write_block<T>(part, at, n, [=](T* made) LNPRUNE_INLINE {

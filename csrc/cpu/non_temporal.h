@@ -1,5 +1,5 @@
-// Stores past the caches: a line that is overwritten whole need not be read first. And when they
-// pay.
+// Non-temporal stores, and when they pay: they write whole cache lines to memory, without reading
+// them first and without a place in the caches.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ inline int64_t bytes_to_line(const void* address, int64_t bytes) {
   return head < bytes ? head : bytes;
 }
 
-// memset to zero, whole lines past the caches where the processor has such stores.
-inline void zero_past_caches(void* to, int64_t bytes) {
+// memset to zero, by non-temporal stores for whole lines where the processor has them.
+inline void zero_non_temporal(void* to, int64_t bytes) {
 #if defined(__SSE2__)
   char* out = static_cast<char*>(to);
   const int64_t head = bytes_to_line(out, bytes);
@@ -38,19 +38,20 @@ inline void zero_past_caches(void* to, int64_t bytes) {
 #endif
 }
 
-// So that other threads see the stores past the caches no later than what follows them.
-inline void finish_past_caches() {
+// After it, other threads see the non-temporal stores no later than any store that follows.
+inline void finish_non_temporal() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// From this many bytes of stores in a call on, what is stored would push itself out of the caches.
-constexpr int64_t kPastCachesBytes = int64_t{16} << 20;
+// A call that stores this many bytes or more would displace from the caches what it has just
+// stored.
+constexpr int64_t kNonTemporalBytes = int64_t{16} << 20;
 
-// Whether stores past the caches pay in a block that a call of so many bytes of stores overwrites:
-// where its pages are there already, or come as huge ones. Small pages that are not there yet are
-// zeroed by the system, into the caches.
-bool pays_past_caches(const void* block, int64_t bytes, int64_t bytes_of_call);
+// Whether non-temporal stores pay in a block of memory, which a call overwrites that stores so many
+// bytes in all: where the pages of the block are there already, or come as huge ones. Small pages
+// that are not there yet are zeroed by the system first, which brings them into the caches.
+bool pays_non_temporal(const void* block, int64_t bytes, int64_t bytes_of_call);
 
 }  // namespace lnprune::cpu
