@@ -253,8 +253,9 @@ class Ranking:
                 not compare; ``"layer"``, the mean of the layer's finite norms; or ``"none"``.
             min_channels: keep at least so many channels of every layer.
             multiple_of: keep a multiple of so many channels of every layer.
-            group_size: adjacent channels that are ranked as one, by the norm of all their elements, and
-                kept or pruned together: the channels of an attention head, say.
+            group_size: so many adjacent channels are ranked as one, by the norm of all their elements, and
+                kept or pruned together. Each weight is ranked by itself: the same heads in the weights of
+                an attention take scores that these have in common (docs/models.md).
 
         Returns:
             a :class:`Plan`. With constraints not every total is possible: the plan has the possible total

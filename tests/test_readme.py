@@ -25,8 +25,7 @@ def test_the_pages_are_found():
 def test_code_of_the_readme_runs(number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
-    for block in code_of(ROOT / "README.md")[: number + 1]:
-        exec(block, names)
+    exec(code_of(ROOT / "README.md")[number], names)  # each by itself, as readers copy it
     CHECKS[number](names)
 
 
@@ -41,6 +40,7 @@ def check_use(names):
 
 def check_whole_models(names):
     model, plan = names["model"], names["plan"]
+    assert not (model[4].weight == 0).any()
     assert pathlib.Path("plan.png").exists()
     for entry, layer in zip(plan.entries, (model[0], model[2]), strict=True):
         pruned = (layer.weight == 0).all(dim=1)
@@ -73,8 +73,8 @@ def test_code_of_the_docs_runs(page, tmp_path, monkeypatch):
         said = re.findall(r"^(lnprune\.rank\(.+\))  # ((?:[\w.]+, )*[\w.]+)", block, re.MULTILINE)
         for call, expected in said:
             assert ", ".join(eval(call, names).names) == expected
-    if page.name == "training.md":
-        check_training(names)
+    if page.name in DOCS_CHECKS:
+        DOCS_CHECKS[page.name](names)
 
 
 def check_training(names):
@@ -92,6 +92,20 @@ def check_training(names):
     torch.testing.assert_close(exported(*names["inputs"]), model(*names["inputs"]))
     lines = "".join(code_of(ROOT / "docs" / "training.md")).splitlines()
     assert len([line for line in lines if line]) <= 40
+
+
+def check_heads(names):
+    """The same heads are gone from all four weights, those with the smallest sums of squares."""
+    attention, size = names["attention"], names["size"]
+    gone = [set(names["squares"].argsort()[:2].tolist())] * 4
+    for name, heads in zip("qkvo", gone, strict=True):
+        weight = attention[name].weight.T if name == "o" else attention[name].weight
+        pruned = (weight == 0).all(dim=1).nonzero().flatten().tolist()
+        assert {channel // size for channel in pruned} == heads
+        assert len(pruned) == 2 * size
+
+
+DOCS_CHECKS = {"training.md": check_training, "models.md": check_heads}
 
 
 def test_what_resumed_trains_as_what_was_saved(tmp_path, monkeypatch):
