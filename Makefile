@@ -60,9 +60,10 @@ sanitize: $(VENV)/tools
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cpu
 
-# On a machine with a GPU, without a network: with the Python, the torch and the nvcc that are there.
+# On a machine with a GPU, without a network: with the Python, the torch and the nvcc that are there. What STAGES,
+# BEFORE and SECTIONS are is said in tests/gpu.py.
 gpu:
-	$(PYTHON) tests/gpu.py $(OUT)
+	$(PYTHON) tests/gpu.py $(OUT) --stages="$(STAGES)" --before="$(BEFORE)" --sections="$(SECTIONS)"
 
 $(VENV)/tools: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)

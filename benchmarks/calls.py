@@ -90,6 +90,16 @@ def torch_steps(weight: Tensor, case: Case) -> tuple[Tensor, Tensor]:
     return mask, mask * weight
 
 
+def zeros_fault(
+    weight: Tensor, original: Tensor, norms: Tensor, case: Case, amount: float = AMOUNT
+) -> str | None:
+    """What is wrong with a weight whose pruned channels were set to zero in place."""
+    keep = weight.abs().amax(dim=case.other_dims, keepdim=True) != 0
+    mask = torch.ones_like(original) * keep
+    alive = torch.ones(case.channels, dtype=torch.bool, device=weight.device)
+    return mask_fault(mask, original, weight, norms, case, alive, amount)
+
+
 PRUNERS = {"lnprune": lnprune.ln_structured, "torch": stock.ln_structured}
 
 

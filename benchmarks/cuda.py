@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import prune as stock
 
 import lnprune
 from benchmarks import calls, cuda_report, report
@@ -39,6 +40,8 @@ MEBIBYTE = 1 << 20
 COPY_SIZES = [256 * MEBIBYTE, 1024 * MEBIBYTE, 4096 * MEBIBYTE]
 SMALL_SHAPE = (64, 64)
 ONE_MATRIX = (4096, 4096)
+CONVOLUTION = (512, 512, 3, 3)
+MANY_CHANNELS = (128_256, 1024)
 # A list is pruned some twenty times in a row, which takes longer than one tensor.
 LIST_BUDGETS = 10
 
@@ -108,12 +111,16 @@ class Benchmark:
         self.copy_bytes_per_second: float | None = None
 
     def sections(self) -> dict[str, Callable[[], Iterator[Row]]]:
-        """By name, in the order in which they run: counting launches slows down what comes after it."""
+        """By name, in the order in which they run: what matters most first, should the time run out.
+
+        Counting launches slows down what comes after it.
+        """
         return {
             "copy": self.copy,
-            "norms": self.norms,
             "whole": self.whole,
+            "in_place": self.in_place,
             "lists": self.lists,
+            "norms": self.norms,
             "repeated": self.repeated,
             "small": self.small,
             "memory": self.memory,
@@ -153,12 +160,14 @@ class Benchmark:
         """``channel_norms`` of one tensor."""
         quarter, whole = 256 * MEBIBYTE, 1024 * MEBIBYTE
         few_dtypes = [torch.float32, torch.bfloat16]
-        grid = list(large_cases([quarter], few_dtypes if self.quick else DTYPES, [1, 2, INF]))
         if self.quick:
-            grid = [case for case in grid if case.n == 2]
+            grid = list(large_cases([quarter], few_dtypes, [2]))
         else:
-            grid += large_cases([whole], few_dtypes, [1, 2, INF])
+            grid = list(large_cases([whole, quarter], few_dtypes, [2, INF, 1]))
+            others = [dtype for dtype in DTYPES if dtype not in few_dtypes]
+            grid += [Case(MANY_CHANNELS, dtype, 0, 2) for dtype in few_dtypes]
             grid += [Case(shape, torch.float32, dim, 2) for shape, dim in FURTHER_LAYOUTS]
+            grid += large_cases([quarter], others, [2, INF, 1])
         weights = calls.Weights(DEVICE)
         for case in grid:
             weight = weights.weight(case)
@@ -174,9 +183,12 @@ class Benchmark:
 
     def whole(self) -> Iterator[Row]:
         """``ln_structured`` on a module not pruned yet."""
-        sizes = [256 * MEBIBYTE] if self.quick else [256 * MEBIBYTE, 1024 * MEBIBYTE]
-        grid = [Case(ONE_MATRIX, torch.float32, dim, 2) for dim in (0, 1)]
+        sizes = [256 * MEBIBYTE] if self.quick else [1024 * MEBIBYTE, 256 * MEBIBYTE]
+        shapes = (ONE_MATRIX, CONVOLUTION)
+        grid = [Case(shape, torch.float32, dim, 2) for shape in shapes for dim in (0, 1)]
         grid += large_cases(sizes, [torch.float32, torch.bfloat16], [2])
+        if not self.quick:
+            grid += [Case(MANY_CHANNELS, dtype, 0, 2) for dtype in (torch.float32, torch.bfloat16)]
         weights = calls.Weights(DEVICE)
         for case in grid:
             weight, norms = weights.weight(case), weights.norms(case)
@@ -189,6 +201,35 @@ class Benchmark:
             # Read to rank and to mask; mask and masked weight written.
             launches = prune_launches([case.shape[case.dim]])
             figures = self.figures(timings, 2 * case.bytes, 2 * case.bytes, launches)
+            yield report.case_row(case, fault) | figures
+
+    def in_place(self) -> Iterator[Row]:
+        """``local_structured`` with ``permanent=True``: zeros in place, in a fresh weight each time."""
+        sizes = [256 * MEBIBYTE] if self.quick else [1024 * MEBIBYTE, 256 * MEBIBYTE]
+        weights = calls.Weights(DEVICE)
+        for case in large_cases(sizes, [torch.float32, torch.bfloat16], [2]):
+            weight, norms = weights.weight(case), weights.norms(case)
+
+            def make(weight: Tensor = weight) -> Any:
+                return calls.bare_module(weight.clone())
+
+            def prune(module: Any, case: Case = case) -> Any:
+                return lnprune.local_structured(
+                    [(module, "weight")], calls.AMOUNT, case.n, case.dim, permanent=True
+                )
+
+            def torch_prune(module: Any, case: Case = case) -> Any:
+                return stock.remove(calls.prune_with(stock.ln_structured, case)(module), "weight")
+
+            module = make()
+            prune(module)
+            fault = calls.zeros_fault(module.weight.detach(), weight, norms, case)
+            del module
+            peers = {"lnprune": Peer(prune, make), "torch": Peer(torch_prune, make)}
+            timings = self.gpu.interleaved(peers, self.budget)
+            # Read to rank; the pruned half is written.
+            launches = prune_launches([case.channels], in_place=True)
+            figures = self.figures(timings, case.bytes, case.bytes // 2, launches)
             yield report.case_row(case, fault) | figures
 
     def lists(self) -> Iterator[Row]:
@@ -275,7 +316,7 @@ class Benchmark:
         weights = list_weights(grid)
         matrix, convolution = (
             calls.random_weight(Case(shape, torch.float32, 0, 2), DEVICE)
-            for shape in (ONE_MATRIX, (512, 512, 3, 3))
+            for shape in (ONE_MATRIX, CONVOLUTION)
         )
         case = Case(ONE_MATRIX, torch.float32, 0, 2)
         prune = calls.prune_with(lnprune.ln_structured, case)
@@ -311,7 +352,7 @@ def run_sections(
     sections: dict[str, Callable[[], Iterator[Row]]],
     write: Callable[[dict[str, list[Row]], dict[str, str]], None],
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Runs each section and writes all results so far after it, also where it failed half-way.
+    """Runs each section and writes all results so far after each row, should the run be stopped.
 
     Returns the rows and, for sections that failed, why.
     """
@@ -324,10 +365,11 @@ def run_sections(
             for row in section():
                 found[name].append(row)
                 show(row)
+                write(found, failures)
         except Exception as error:  # the other sections are worth having all the same
             traceback.print_exc()
             failures[name] = f"{type(error).__name__}: {error}"
-        write(found, failures)
+            write(found, failures)
     return found, failures
 
 
@@ -335,7 +377,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few cases, in under a minute")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument("--sections", help=f"some of {', '.join(cuda_report.CHAPTERS)}, between commas")
     options = parser.parse_args()
+    names = options.sections.split(",") if options.sections else list(cuda_report.CHAPTERS)
+    if unknown := set(names) - set(cuda_report.CHAPTERS):
+        parser.error(f"no such section: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         parser.error("no CUDA device: nothing was measured")
     if not ops.has_cuda():
@@ -347,7 +393,10 @@ def main() -> int:
     def write(found: dict[str, list[Row]], failures: dict[str, str]) -> None:
         cuda_report.write(options.out, machine, found, failures, time.perf_counter() - start)
 
-    found, failures = run_sections(Benchmark(Gpu(), options.quick).sections(), write)
+    sections = Benchmark(Gpu(), options.quick).sections()
+    # Shares are of the copy, so it is always measured.
+    sections = {name: section for name, section in sections.items() if name in {"copy", *names}}
+    found, failures = run_sections(sections, write)
     print("\n" + "\n".join(report.verdict_lines(cuda_report.verdicts(found))))
     print(f"\n{time.perf_counter() - start:.0f} s; wrote {options.out / 'cuda.md'} and cuda.json")
     return 1 if failures or report.faults(found) else 0

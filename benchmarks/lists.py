@@ -58,14 +58,12 @@ def list_fault(
     )
     for weight, (module, _) in zip(weights, pairs, strict=True):
         case = Case(tuple(weight.shape), weight.dtype, dim, 2)
+        norms, pruned = calls.reference_norms(weight, case), module.weight.detach()
         if permanent:
-            keep = module.weight.detach().abs().amax(dim=case.other_dims, keepdim=True) != 0
-            mask = torch.ones_like(weight) * keep
+            fault = calls.zeros_fault(pruned, weight, norms, case, amount)
         else:
-            mask = module.weight_mask
-        alive = torch.ones(case.channels, dtype=torch.bool)
-        norms = calls.reference_norms(weight, case)
-        fault = calls.mask_fault(mask, weight, module.weight.detach(), norms, case, alive, amount)
+            alive = torch.ones(case.channels, dtype=torch.bool)
+            fault = calls.mask_fault(module.weight_mask, weight, pruned, norms, case, alive, amount)
         if fault is not None:
             return f"{shape_name(case.shape)}: {fault}"
     return None

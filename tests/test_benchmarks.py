@@ -46,14 +46,27 @@ def made_up(shape, n=2.0, dtype=torch.float32, **figures):
 
 def good_sections():
     """Sections whose figures meet every target, by a little in each."""
-    size = 1 << 30
+    large, small = (16384, 16384), (8192, 8192)
+    convolution = (512, 512, 3, 3)
     return {
         "copy": [{"size": "256 MiB", "copy": 1e-4, "gigabytes_per_second": 4300.0}],
-        "norms": [made_up((8192, 8192), n, share=0.9, error=0.0) for n in (1, 2, math.inf)],
-        "whole": [made_up((4096, 4096), speedup=3.0, share=0.1), made_up((8192, 8192), share=0.85)],
+        "whole": [
+            made_up((4096, 4096), speedup=2.4, share=0.1),
+            made_up((4096, 4096), speedup=6.0, share=0.1) | {"dim": 1},
+            made_up(convolution, speedup=2.0, share=0.1),
+            made_up(convolution, speedup=10.0, share=0.1) | {"dim": 1},
+            made_up(large, share=0.87),
+            made_up(small, share=0.5),
+        ],
+        "in_place": [made_up(large, share=0.85), made_up(large, share=0.2) | {"dim": 1}],
         "lists": [
-            made_up((8, 8), speedup=20.0) | {"shape": "ResNet-50, 54 weights", "bytes": size},
-            made_up((8, 8), share=0.85) | {"shape": "7B transformer, 224 matrices", "bytes": size},
+            made_up((8, 8), speedup=20.0) | {"shape": "ResNet-50, 54 weights", "bytes": 1 << 30},
+            made_up((8, 8), share=0.85) | {"shape": "7B transformer, 224 matrices", "bytes": 1 << 30},
+        ],
+        "norms": [
+            *(made_up(small, n, share=0.85, error=0.0) for n in (1, 2, math.inf)),
+            made_up(large, share=0.9, error=0.0),
+            made_up((512, 512), share=0.1, error=0.0),
         ],
         "repeated": [made_up((8192, 8192))],
         "small": [made_up((64, 64), over_torch=0.6)],
@@ -64,8 +77,9 @@ def good_sections():
 
 def test_figures_at_the_targets_meet_them(machine):
     sections = good_sections()
+    assert list(sections) == SECTIONS
     found = cuda_report.verdicts(sections)
-    assert [verdict.met for verdict in found] == [True] * 6
+    assert [verdict.met for verdict in found] == [True] * 8
     text = cuda_report.markdown(machine, sections, {}, 60.0)
     assert "not measured" not in text.lower()
     assert "; 2 launches | yes |" in text
@@ -75,19 +89,23 @@ def test_figures_at_the_targets_meet_them(machine):
 @pytest.mark.parametrize(
     ("section", "position", "figures", "target"),
     [
-        ("norms", 1, {"share": 0.89}, 0),
-        ("whole", 1, {"share": 0.84}, 1),
-        ("whole", 0, {"speedup": 2.9}, 2),
+        ("norms", 1, {"share": 0.84}, 0),
+        ("norms", 3, {"share": 0.89}, 0),
+        ("whole", 4, {"share": 0.86}, 1),
+        ("in_place", 0, {"share": 0.84}, 2),
         ("lists", 0, {"speedup": 19.9}, 3),
         ("launches", 0, {"kernels": 3}, 3),
-        ("lists", 1, {"share": 0.84}, 4),
-        ("small", 0, {"over_torch": 0.61}, 5),
+        ("whole", 0, {"speedup": 2.3}, 4),
+        ("whole", 1, {"speedup": 5.9}, 4),
+        ("whole", 3, {"speedup": 9.9}, 5),
+        ("lists", 1, {"share": 0.84}, 6),
+        ("small", 0, {"over_torch": 0.61}, 7),
     ],
 )
 def test_one_figure_short_of_its_target_misses_it(section, position, figures, target):
     sections = good_sections()
     sections[section][position].update(figures)
-    assert [verdict.met for verdict in cuda_report.verdicts(sections)] == [i != target for i in range(6)]
+    assert [verdict.met for verdict in cuda_report.verdicts(sections)] == [i != target for i in range(8)]
 
 
 @pytest.mark.parametrize("missing", SECTIONS)
@@ -99,8 +117,9 @@ def test_a_section_that_did_not_run(machine, missing):
     assert f"- {title}: RuntimeError: no luck" in text
     assert text.partition(f"## {title}\n")[2].split("\n## ")[0].endswith("Not measured in this run.\n")
     met = [verdict.met for verdict in cuda_report.verdicts(sections)]
-    expected = {"norms": [0], "whole": [1, 2], "lists": [3, 4], "small": [5], "launches": [3]}
-    assert [i for i in range(6) if met[i] is None] == expected.get(missing, [])
+    expected = {"norms": [0], "whole": [1, 4, 5], "in_place": [2], "lists": [3, 6], "launches": [3]}
+    expected["small"] = [7]
+    assert [i for i in range(8) if met[i] is None] == expected.get(missing, [])
 
 
 def test_nothing_measured_is_said_and_no_figure_given(machine):
@@ -118,8 +137,9 @@ def test_without_a_copy_there_are_no_shares(machine):
     for row in [row for rows in sections.values() for row in rows if "share" in row]:
         del row["share"], row["over_predicted"]
     met = [verdict.met for verdict in cuda_report.verdicts(sections)]
-    assert met == [None, None, True, True, None, True]
-    assert "of the copy |" not in cuda_report.markdown(machine, sections, {}, 1.0).partition("## Norms")[2]
+    assert met == [None, None, None, True, True, True, None, True]
+    text = cuda_report.markdown(machine, sections, {}, 1.0)
+    assert "of the copy |" not in text.partition("## Whole call")[2]
 
 
 def test_wrong_results_are_named(machine):
@@ -150,10 +170,11 @@ def test_results_outlive_a_section_that_fails(machine, tmp_path, capsys):
     found, failures = cuda.run_sections({"norms": norms, "small": small}, write)
     assert list(found) == ["norms", "small"]
     assert failures == {"norms": "RuntimeError: out of luck"}
-    assert [len(document["norms"]) for document in written] == [2, 2]
-    assert "small" not in written[0]
-    assert written[1]["small"][0]["over_torch"] == 0.6
-    assert written[1]["failures"] == failures
+    # After each row, should the run be stopped, and where a section fails.
+    assert [len(document["norms"]) for document in written] == [1, 2, 2, 2]
+    assert "small" not in written[2]
+    assert written[3]["small"][0]["over_torch"] == 0.6
+    assert written[3]["failures"] == failures
     assert "## Targets" in (tmp_path / "cuda.md").read_text()
     assert "out of luck" in capsys.readouterr().err
 
@@ -161,9 +182,9 @@ def test_results_outlive_a_section_that_fails(machine, tmp_path, capsys):
 def test_infinite_orders_travel_as_text(machine, tmp_path):
     cuda_report.write(tmp_path, machine, good_sections(), {}, 1.0)
     document = json.loads((tmp_path / "cuda.json").read_text())
-    assert [row["n"] for row in document["norms"]] == [1, 2, "inf"]
+    assert [row["n"] for row in document["norms"]][:3] == [1, 2, "inf"]
     assert document["environment"]["gpu"] == "a GPU"
-    assert len(document["targets"]) == 6
+    assert len(document["targets"]) == 8
 
 
 def test_cases_are_what_the_targets_speak_of():
@@ -178,6 +199,54 @@ def test_cases_are_what_the_targets_speak_of():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+class OnTheCpu:
+    """In place of the GPU: every peer runs, on the CPU, and made-up times come back."""
+
+    def __init__(self):
+        self.ran = []
+
+    def interleaved(self, peers, budget):
+        for name, peer in peers.items():
+            peer.run(peer.prepare())
+            self.ran.append(name)
+        timing = Timing({name: [1e-3] for name in peers})
+        return timing, timing
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "all"])
+@pytest.mark.parametrize("section", ["norms", "whole", "in_place", "repeated", "small"])
+def test_the_cases_of_the_gpu_are_checked_and_timed(section, quick, monkeypatch):
+    """All but what asks the device itself: small tensors in place of large ones, on the CPU."""
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "MEBIBYTE", 1 << 7)
+    monkeypatch.setattr(cuda, "ONE_MATRIX", (40, 40))
+    monkeypatch.setattr(cuda, "MANY_CHANNELS", (5000, 3))
+    monkeypatch.setattr(cuda, "CONVOLUTION", (12, 10, 3, 3))
+    monkeypatch.setattr(cuda, "FURTHER_LAYOUTS", [((7, 9), 1)])
+    gpu = OnTheCpu()
+    rows = list(cuda.Benchmark(gpu, quick).sections()[section]())
+    assert rows
+    assert report.faults({section: rows}) == []
+    assert len(gpu.ran) == 2 * len(rows)
+    for row in rows:
+        report.show(row)
+
+
+def test_a_wrong_zero_is_a_fault():
+    case = Case((8, 6), torch.float32, 0, 2)
+    weight = torch.randn(8, 6)
+    norms = calls.reference_norms(weight, case)
+    pruned = weight.clone()
+    pruned[norms.argsort()[:4]] = 0
+    assert calls.zeros_fault(pruned, weight, norms, case) is None
+    assert calls.zeros_fault(weight, weight, norms, case) == "8 of 8 channels kept"
+    other = weight.clone()
+    other[norms.argsort()[4:]] = 0
+    assert "kept a norm of" in calls.zeros_fault(other, weight, norms, case)
+    pruned[norms.argmax(), 0] += 1
+    assert calls.zeros_fault(pruned, weight, norms, case) == "the weight is not mask * original"
+
+
 def test_without_a_gpu_nothing_is_written(tmp_path):
     command = [sys.executable, "-m", "benchmarks.cuda", "--out", str(tmp_path)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

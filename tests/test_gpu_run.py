@@ -8,9 +8,9 @@ import gpu
 import pytest
 
 
-def stage(name, *codes, limit=60.0, log="log"):
-    """A stage that runs pieces of Python."""
-    return gpu.Stage(name, limit, log, [gpu.python("-c", code) for code in codes], {"VALUE": name})
+def stage(name, *codes, limit=60.0, **options):
+    """A group of one stage, which runs pieces of Python."""
+    return [gpu.Stage(name, limit, [gpu.python("-c", code) for code in codes], {"VALUE": name}, **options)]
 
 
 def test_a_stage_that_fails_does_not_stop_those_after_it(tmp_path, capsys):
@@ -21,7 +21,8 @@ def test_a_stage_that_fails_does_not_stop_those_after_it(tmp_path, capsys):
     ]
     results = gpu.run_stages(stages, tmp_path, ["a note"])
     assert [result.status for result in results] == ["passed", "failed with exit status 1", "passed"]
-    log = (tmp_path / "log").read_text()
+    log = (tmp_path / gpu.LOG).read_text()
+    assert "== first\n$ " in log
     assert "VALUE is first\n" in log
     assert "never reached\n" not in log
     assert log.endswith("reached\n")
@@ -42,31 +43,92 @@ def test_a_stage_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
     start = time.monotonic()
     results = gpu.run_stages([stage("slow", code, limit=2.0), stage("next", "")], tmp_path, [])
     assert [result.status for result in results] == ["stopped at its time limit", "passed"]
-    assert "began\n" in (tmp_path / "log").read_text()
+    assert "began\n" in (tmp_path / gpu.LOG).read_text()
     time.sleep(max(0.0, start + 6 - time.monotonic()))
     assert not (tmp_path / "late").exists()
 
 
 def test_stages_end_within_the_time_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SECONDS_IN_ALL", 1.5)
-    stages = [stage("slow", "import time; time.sleep(60)"), stage("late", "", log="late.log")]
+    stages = [stage("slow", "import time; time.sleep(60)"), stage("late", "", log="late.txt")]
     results = gpu.run_stages(stages, tmp_path, [])
     assert [result.status for result in results] == ["stopped at its time limit", "no time left"]
-    assert not (tmp_path / "late.log").exists()
+    assert "$ " not in (tmp_path / "late.txt").read_text()
 
 
-def test_the_plan(tmp_path, monkeypatch):
+def test_stages_of_a_group_run_side_by_side(tmp_path):
+    wait = (
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
+    )
+    files = [str(tmp_path / name) for name in ("one", "other")]
+    other = tmp_path / "sources"
+    other.mkdir()
+    group = [
+        gpu.Stage("here", 20.0, [gpu.python("-c", wait, *files)], {}),
+        gpu.Stage("there", 20.0, [gpu.python("-c", wait, *files[::-1])], {}, other, gpu.OTHER_LOG),
+    ]
+    results = gpu.run_stages([group, stage("next", "")], tmp_path, [])
+    assert [(result.name, result.status) for result in results] == [
+        ("here", "passed"),
+        ("there", "passed"),
+        ("next", "passed"),
+    ]
+    assert "== there\n" in (tmp_path / gpu.OTHER_LOG).read_text()
+
+
+def test_a_stage_of_other_sources_runs_there(tmp_path):
+    other = tmp_path / "sources"
+    other.mkdir()
+    (other / "only_there.py").write_text("print('imported')")
+    code = "import os, only_there; print(os.getcwd(), os.environ['PYTHONPATH'])"
+    gpu.run_stages([stage("there", code, sources=other)], tmp_path, [])
+    assert f"imported\n{other} {other}\n" in (tmp_path / gpu.LOG).read_text()
+
+
+def names_of(groups):
+    return [[one.name for one in group] for group in groups]
+
+
+@pytest.fixture
+def tools(monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    stages, _ = gpu.plan(tmp_path, "9.0", 16)
-    names = [one.name for one in stages]
-    assert names == ["build", "tests", "short list", *gpu.SANITIZERS, "benchmarks"]
-    assert {one.log for one in stages} <= set(gpu.OUTPUTS)
+
+
+def test_the_first_call(tmp_path, tools):
+    groups, _ = gpu.plan(tmp_path, "9.0", 16)
+    # What matters most comes first, and all of it fits, each stage to its limit.
+    assert names_of(groups) == [[name] for name in gpu.FIRST_CALL]
+    assert gpu.FIRST_CALL == ("build", "short-list", "tests", "benchmarks", "memcheck", "racecheck")
+    assert sum(one.limit for group in groups for one in group) <= gpu.SECONDS_IN_ALL <= 400
+    assert groups[0][0].environment == {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "16"}
+    for group in groups:
+        for one in group:
+            assert one.log in gpu.OUTPUTS
+            assert all(type(part) is str for command in one.commands for part in command)
     assert len(gpu.OUTPUTS) <= 8
-    assert gpu.SECONDS_IN_ALL < 9 * 60
-    assert stages[0].environment == {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "16"}
-    for one in stages:
-        for command in one.commands:
-            assert all(type(part) is str for part in command)
+
+
+def test_stages_by_name_keep_their_order(tmp_path, tools):
+    groups, notes = gpu.plan(tmp_path, "9.0", 16, ["profile", "initcheck", "drop-in", "build"])
+    assert names_of(groups) == [["build"], ["initcheck"], ["drop-in"], ["profile"]]
+    assert notes == []
+    (command,) = groups[-1][0].commands
+    assert command[:3] == ["ncu", "--clock-control", "none"], "the device's clocks are left alone"
+
+
+def test_another_commit_is_built_beside_this_one_and_timed_before_it(tmp_path, tools):
+    before = tmp_path / "before"
+    groups, _ = gpu.plan(tmp_path, "9.0", 16, ["build", "benchmarks"], before, ["norms", "copy"])
+    assert names_of(groups) == [["build", "build before"], ["benchmarks before"], ["benchmarks"]]
+    (_, build), (there,), (here,) = groups
+    assert build.sources == there.sources == before
+    assert build.commands == groups[0][0].commands
+    assert here.sources == gpu.ROOT
+    assert here.commands[0][-3:] == ["--out", str(tmp_path), "--sections=norms,copy"]
+    assert there.commands[0][-2:] == [str(tmp_path / "before"), "--sections=norms,copy"]
+    assert {build.log, there.log} == {gpu.OTHER_LOG}
 
 
 def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch):
@@ -76,15 +138,29 @@ def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch):
         gpu.importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name)
     )
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    stages, notes = gpu.plan(tmp_path, "9.0", 16)
-    assert [one.name for one in stages] == ["build", "tests", "short list", "benchmarks"]
-    (command,) = stages[1].commands
+    groups, notes = gpu.plan(tmp_path, "9.0", 16, [*gpu.FIRST_CALL, "profile"])
+    assert names_of(groups) == [["build"], ["short-list"], ["tests"], ["benchmarks"]]
+    (command,) = groups[2][0].commands
     assert "-n" not in command
-    left_out = {"test_norms.py", "test_selection.py", "test_repeated.py", "test_ln_structured.py"}
-    assert {line.split()[0] for line in notes} == left_out | {"compute-sanitizer"}
+    left_out = {"test_norms.py", "test_selection.py", "test_repeated.py"}
+    assert {line.split()[0] for line in notes} == left_out | {"compute-sanitizer", "ncu"}
     assert all("hypothesis" in line for line in notes if line.startswith("test_"))
     files = {part.rpartition("/")[2] for part in command if part.endswith(".py")}
-    assert files == set(gpu.DEVICE_TESTS) - left_out
+    assert files == set(gpu.TEST_FILES["tests"]) - left_out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stages", "build nothing"], "no such stage: nothing; there are build, short-list, tests, "),
+        (["--before", "no/such"], "expected a folder with the sources of a commit, got no/such"),
+    ],
+)
+def test_what_is_not_there_is_refused(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert said in capsys.readouterr().err
 
 
 def test_imports_of_imported_test_files_count(tmp_path, monkeypatch):
@@ -94,7 +170,10 @@ def test_imports_of_imported_test_files_count(tmp_path, monkeypatch):
     assert gpu.missing_imports(tmp_path / "test_one.py") == {"no_such_module"}
 
 
-@pytest.mark.parametrize("name", [name for name in gpu.DEVICE_TESTS if name != "test_cuda.py"])
+FILES = [name for names in gpu.TEST_FILES.values() for name in names]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "test_cuda.py"])
 def test_files_that_are_run_are_run_on_every_device(name):
     text = (gpu.TESTS / name).read_text()
     assert 'parametrize("device", cases.DEVICES' in text or 'parametrize("device", DEVICES)' in text
