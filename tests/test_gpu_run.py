@@ -98,10 +98,11 @@ def tools(monkeypatch):
 
 def test_the_first_call(tmp_path, tools):
     groups, _ = gpu.plan(tmp_path, "9.0", 16)
-    # What matters most comes first, and all of it fits, each stage to its limit.
+    # What matters most comes first. All but the sanitizers fit, each stage to its limit.
     assert names_of(groups) == [[name] for name in gpu.FIRST_CALL]
     assert gpu.FIRST_CALL == ("build", "short-list", "tests", "benchmarks", "memcheck", "racecheck")
-    assert sum(one.limit for group in groups for one in group) <= gpu.SECONDS_IN_ALL <= 400
+    limits = [one.limit for group in groups for one in group if one.name not in gpu.SANITIZERS]
+    assert sum(limits) < gpu.SECONDS_IN_ALL <= 400
     assert groups[0][0].environment == {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "16"}
     for group in groups:
         for one in group:

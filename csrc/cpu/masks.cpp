@@ -17,7 +17,8 @@ constexpr int64_t kZeroTileElements = 131072;
 constexpr int64_t kThreadElements = 32768;
 constexpr int64_t kTasksPerThread = 4;
 
-// Of a tile, so that there are enough for all threads.
+// The elements of a tile: at most so many, and fewer where there would be too few tiles for all
+// threads.
 int64_t tile_elements(int64_t elements, int64_t most, int64_t threads) {
   return std::clamp(elements / (kTasksPerThread * threads), kThreadElements / kTasksPerThread,
                     most);

@@ -93,10 +93,12 @@ template <class Norm, class Real, int kRows, class T>
 LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t row_stride,
                                    int64_t columns,
                                    typename Norm::Accumulator* __restrict accumulators) {
-  // The rows after these, where they are near; within long rows a kilobyte is as good.
+  // How far ahead to ask for memory: the next kRows rows or, where rows are long, a kilobyte, which
+  // is as good.
   const int64_t rows_bytes = kRows * row_stride * static_cast<int64_t>(sizeof(T));
   const int64_t ahead = rows_bytes <= 32 << 10 ? rows_bytes : 1024;
-  // Short where rows go through the buffer: memory is to be read while the block before is summed.
+  // Narrow elements are widened into the buffer first. Their blocks are short, so that the memory
+  // of the next block arrives while this one is summed.
   constexpr int64_t kColumnBlock = sizeof(T) < sizeof(float) ? 64 : kBlock;
   alignas(64) Real buffer[kRows][kColumnBlock];
   for (int64_t start = 0; start < columns; start += kColumnBlock) {
@@ -104,7 +106,7 @@ LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t r
     const T* at = elements + start;
     typename Norm::Accumulator* __restrict a = accumulators + start;
     decltype(widen(at, n, buffer[0])) x[kRows];
-    // Apart, GCC makes the loops of a widening faster than as a loop within this one.
+    // Before the sums: in one loop with them, GCC makes slower code of the widening.
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) x[r] = widen(at + r * row_stride, n, buffer[r]);
     const auto add_column = [&](int64_t j) {
@@ -129,7 +131,7 @@ void reduce_columns(const Norm norm, const Chunk& chunk, typename Norm::Partial*
   for (int64_t j = 0; j < columns; ++j) accumulators[j] = norm.identity();
   const T* elements = static_cast<const T*>(chunk.elements);
   int64_t r = 0;
-  // A costly map eight times over is more than the compiler keeps in registers.
+  // Not for costly maps: eight at a time need more registers than there are.
   for (; !Norm::kCostly && r + 8 <= chunk.rows; r += 8) {
     reduce_sweep<Norm, Real, 8>(norm, elements + r * chunk.row_stride, chunk.row_stride, columns,
                                 accumulators);

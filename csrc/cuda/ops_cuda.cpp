@@ -51,16 +51,16 @@ StreamTickets& tickets_of(int32_t device, cudaStream_t stream) {
   return (*all)[{device, id}];
 }
 
-// At least `count` tickets that are zero when what is enqueued now has run. From CUDA, not from
-// torch's allocator: what outlives a call has no place in the pools of graphs, or in those that
-// their owner empties. What they replace stays, since launches may be using it: each replacement
-// is twice as large, so that all before it are as much again.
+// Gives the stream at least `count` tickets, which are zero for launches that are enqueued later.
+// Their memory outlives the call, so it is CUDA's own: torch's allocator may take it from a pool
+// that somebody releases. Memory that became too small is kept, since launches may still use it.
+// Each new one is twice as large, so all that is kept is no more than the one in use.
 cudaError_t provide(StreamTickets& tickets, size_t count, cudaStream_t stream) {
   if (count <= tickets.count) return cudaSuccess;
   constexpr size_t kFewest = 1024;
   const size_t grown = std::max({2 * tickets.count, count, kFewest});
-  // Another thread may be recording a graph, which forbids this in every thread that does not say
-  // that it has nothing to do with it.
+  // While a thread records a graph, CUDA refuses cudaMalloc in all threads. The relaxed mode says
+  // that this thread's calls are not for that graph.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
   if (error != cudaSuccess) return error;
@@ -123,10 +123,11 @@ struct CudaBackend {
       }
       StreamTickets& tickets = *stream_tickets_;
       const std::lock_guard<std::mutex> lock(tickets.mutex);
-      // They are there, unless a call of another thread failed meanwhile.
+      // The constructor took them, but a call of another thread may have failed since.
       check(provide(tickets, launches_.tickets(), stream_), "memory for tickets");
       const cudaError_t error = launches_.run(memory_.data(), tickets.memory, stream_);
-      // Of launches of which some did not run, tickets may stay drawn.
+      // If only some of the launches ran, counters may not be back at zero: take new ones next
+      // time.
       if (error != cudaSuccess) tickets.count = 0;
       check(error, "a launch");
     }
