@@ -47,6 +47,7 @@ def architectures(nvcc: str) -> list[str]:
 
     Machine code runs on its own architecture and on later ones of the same major version. So the first of
     each is built, and PTX, from which drivers make machine code for GPUs to come, of the last.
+    Jetsons are apart: TORCH_CUDA_ARCH_LIST names the one of a Jetson.
     """
     listed = re.findall(r"^sm_(\d+)$", said_by(nvcc, "--list-gpu-code"), re.MULTILINE)
     known = sorted({int(code) for code in listed}, reverse=True)

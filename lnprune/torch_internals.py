@@ -28,6 +28,7 @@ __all__ = [
     "own_modules",
     "own_parameters",
     "own_pre_hooks",
+    "own_registries",
     "own_transient_buffers",
     "projects_apart",
     "pruned_name",
@@ -53,6 +54,10 @@ own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_m
 own_transient_buffers: Callable[[nn.Module], set[str]] = attrgetter("_non_persistent_buffers_set")
 # Forward pre-hooks by their keys. Torch's own prune.remove finds and deletes its hooks in this dict.
 own_pre_hooks: Callable[[nn.Module], dict[Hashable, Any]] = attrgetter("_forward_pre_hooks")
+# All of these that pruning changes, in one step.
+own_registries: Callable[[nn.Module], tuple[Any, ...]] = attrgetter(
+    "_parameters", "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks"
+)
 
 
 def registrations_are_watched() -> bool:

@@ -11,10 +11,8 @@ from torch.nn.utils import prune as stock
 
 from lnprune.parameters import check_is_eager
 from lnprune.torch_internals import (
-    own_buffers,
-    own_parameters,
     own_pre_hooks,
-    own_transient_buffers,
+    own_registries,
     pruning_methods,
     set_pruning_methods,
 )
@@ -29,8 +27,7 @@ class Snapshot:
         check_is_eager(module)
         self.module = module
         self.attributes = attributes = module.__dict__.copy()
-        registries = (own_parameters, own_buffers, own_transient_buffers, own_pre_hooks)
-        self.held: list[tuple[Any, Any]] = [(own(module), own(module).copy()) for own in registries]
+        self.held = [(held, held.copy()) for held in own_registries(module)]
         # Lists of parameters that a module of its own __setattr__ keeps beside them, as an RNN does.
         self.lists: list[tuple[list, list]] = []
         if type(module).__setattr__ is not nn.Module.__setattr__:
