@@ -33,12 +33,12 @@ class Target(NamedTuple):
     attribute: str
     dim: int  # as it was given: the hook holds it
     amount: Any = None
-    keep: Tensor | None = None  # bool; places that share a weight and these share a mask
+    keep: Tensor | None = None  # bool flags; targets of one weight with the same flags share a mask
     scores: Tensor | None = None  # None: the weight is ranked
 
 
 def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list[Pruning]:
-    """Masks and hooks: of every target what ``BasePruningMethod.apply`` leaves."""
+    """Gives every target its mask and its hook, as ``BasePruningMethod.apply`` does."""
     prunings: list[Pruning] = []
     for target in targets:
         transaction.touch(target[1])
@@ -60,7 +60,7 @@ def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list
 
 
 def _first_places(prunings: list[Pruning]) -> list[Pruning]:
-    """Those whose masks the others share."""
+    """The prunings that need a mask of their own; each other one is told whose mask it shares."""
     first: dict[tuple[int, int, int], Pruning] = {}
     for pruning in prunings:
         key = id(pruning.original), id(pruning.old_mask), id(pruning.keep)
@@ -175,12 +175,12 @@ class Application:
 
 
 class _Backup:
-    """The values that permanent pruning took from a tensor, to be put back while they are gone."""
+    """The values that permanent pruning overwrote in a tensor, to be put back if nothing came since."""
 
     def __init__(self, values: Values):
         self.values = values
         self.dtype = values.tensor.dtype
-        # What the pruning left in their place; None: zeros.
+        # What the pruning wrote in their place; None: zeros.
         self.left = values.part().clone() if values.channels is None else None
         self.counts = self._counts()
 
@@ -191,14 +191,14 @@ class _Backup:
         return self.values.saved != (0 if self.left is None else self.left)
 
     def _as_now(self, part: Tensor) -> Tensor:
-        """Bits of then, converted as the tensor was since."""
+        """Bits of that time in the dtype and on the device that the tensor has now."""
         tensor = self.values.tensor
         if tensor.dtype == self.dtype:
             return part.to(tensor.device)
         return bits(from_bits(part, self.dtype).to(tensor.device, tensor.dtype))
 
     def check(self, name: str) -> None:
-        """Raises where the tensor was pruned, or what was pruned has other values, since."""
+        """Raises where the tensor was pruned since, or where what was pruned got other values since."""
         tensor = self.values.tensor
         if tensor.is_meta:
             return

@@ -81,7 +81,7 @@ def _has_channels(parameter: Tensor | None) -> bool:
 
 
 def uncalled(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """The children of modules whose hooks never run, by identity: who reads their weights."""
+    """By identity, the modules whose hooks never run, and the types of parents that read their weights."""
     readers = {}
     for module in modules:
         for child in uncalled_children(module):
@@ -90,7 +90,10 @@ def uncalled(modules: Iterable[nn.Module]) -> dict[int, str]:
 
 
 def _is_known(module: nn.Module, attribute: str) -> bool:
-    """Whether a weight of a known type is there; one that is missing is reported, not left out."""
+    """Whether to list a weight that the module's type should have.
+
+    A ``weight`` is listed even if it is missing, so that the call says so; others only if they are there.
+    """
     return (
         attribute == "weight"
         or parameter_of(module, attribute) is not None
@@ -99,11 +102,11 @@ def _is_known(module: nn.Module, attribute: str) -> bool:
 
 
 class _Choice:
-    """Patterns, and which of them matched anything."""
+    """The patterns of ``include`` or ``exclude``, and which of them have matched something."""
 
     def __init__(self, given: Patterns, what: str):
         self.what = what
-        self.dims: dict[int, Dims] = {}  # of those that teach any
+        self.dims: dict[int, Dims] = {}  # what "out" and "in" mean, by the pattern's index
         if given is None:
             self.patterns: list[Any] = []
         elif isinstance(given, str | type) or not isinstance(given, Iterable):
@@ -118,7 +121,7 @@ class _Choice:
         self.matched: set[int] = set()
 
     def _taught(self, dims: Any, pattern: str) -> Dims:
-        """The dims that a mapping gives for a pattern."""
+        """What a mapping says about a pattern: which dims are ``"out"`` and ``"in"``."""
         if (
             not isinstance(dims, Mapping)
             or set(dims) != {"out", "in"}
@@ -130,7 +133,7 @@ class _Choice:
         return Dims(dims["out"], dims["in"])
 
     def match(self, entry: Found, only: Iterable[int] | None = None) -> int | None:
-        """The first pattern that is the module's type or matches the name; notes all that do."""
+        """The index of the first pattern that matches; all that match count as matched."""
         first = None
         for i, pattern in enumerate(self.patterns):
             if only is not None and i not in only:

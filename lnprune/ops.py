@@ -79,7 +79,7 @@ def build_info() -> dict[str, str]:
 
 
 def first_unwritable(addresses: list[int]) -> int:
-    """The place of an address that the process may not write to, or, where there is none, their number.
+    """The index of the first address that the process may not write to, or their number if there is none.
 
     Example:
         >>> import lnprune

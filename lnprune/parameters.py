@@ -279,7 +279,7 @@ def _note_reader(weight: Weight, module: nn.Module, readers: Mapping[int, str]) 
 
 
 def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
-    """The weights, which live in no module yet, where a model, or a list of pairs, has their names."""
+    """The weights of a plan from a file, in their places: those of their names in a model or in pairs."""
     names = [name for weight in weights for name in weight.names]
     places: dict[str, tuple[nn.Module, str]] = {}
     readers: dict[int, str] = {}

@@ -75,7 +75,7 @@ _TORCHS = (
 
 
 def _is_free(module: nn.Module, attribute: str) -> bool:
-    """Whether a module registers by torch's own methods, with nobody told, and has no such names yet."""
+    """Whether names may go into the module's dicts directly: methods are torch's, the names are free."""
     kind = type(module)
     attributes = module.__dict__
     original, mask = attribute + "_orig", attribute + "_mask"
