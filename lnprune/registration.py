@@ -46,11 +46,12 @@ def _is_vector(module: nn.Module, attribute: str) -> bool:
 
 def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None:
     """Removes the parameter's pruning hook, if any, and returns it."""
-    if not own_pre_hooks(module):
+    hooks = own_pre_hooks(module)
+    if not hooks:
         return None
     found = [
         (key, hook)
-        for key, hook in own_pre_hooks(module).items()
+        for key, hook in hooks.items()
         if isinstance(hook, stock.BasePruningMethod) and pruned_name(hook) == name
     ]
     if len(found) > 1:
@@ -59,7 +60,7 @@ def _detach_hook(module: nn.Module, name: str) -> stock.BasePruningMethod | None
             f"same tensor {name} of module {module}. Use a PruningContainer."
         )
     for key, hook in found:
-        del own_pre_hooks(module)[key]
+        del hooks[key]
         return hook
     return None
 
@@ -126,7 +127,8 @@ class Pruning(Request):
         if old is not None:
             self.method = old if isinstance(old, stock.PruningContainer) else stock.PruningContainer(old)
             self.method.add_pruning_method(new)
-        current = own_parameters(module).get(attribute)
+        parameters = own_parameters(module)
+        current = parameters.get(attribute)
         if current is None:
             if old is None:
                 check_not_parametrized(module, attribute)
@@ -141,10 +143,10 @@ class Pruning(Request):
         if old is None:
             super().__init__(scores, current, dim, amount, keep, name)
             if self.is_free and type(current) is nn.Parameter and current.grad_fn is None:
-                own_parameters(module)[attribute + "_orig"] = current
+                parameters[attribute + "_orig"] = current
             else:
                 module.register_parameter(attribute + "_orig", current)
-            del own_parameters(module)[attribute]
+            del parameters[attribute]
             return
         original = getattr(module, attribute + "_orig")
         # Flags are written into masks of the original's layout.

@@ -11,7 +11,6 @@ from torch.nn.utils import prune as stock
 
 from lnprune.parameters import check_is_eager
 from lnprune.torch_internals import (
-    own_pre_hooks,
     own_registries,
     pruning_methods,
     set_pruning_methods,
@@ -27,14 +26,21 @@ class Snapshot:
         check_is_eager(module)
         self.module = module
         self.attributes = attributes = module.__dict__.copy()
-        self.held = [(held, held.copy()) for held in own_registries(module)]
+        parameters, buffers, transient, hooks = own_registries(module)
+        # One by one: a loop takes longer than the copies.
+        self.held = (
+            (parameters, parameters.copy()),
+            (buffers, buffers.copy()),
+            (transient, transient.copy()),
+            (hooks, hooks.copy()),
+        )
         # Lists of parameters that a module of its own __setattr__ keeps beside them, as an RNN does.
         self.lists: list[tuple[list, list]] = []
         if type(module).__setattr__ is not nn.Module.__setattr__:
             self.lists = [(v, v.copy()) for v in attributes.values() if type(v) is list]
         self.methods: list[tuple[stock.PruningContainer, Any]] = [
             (hook, pruning_methods(hook))
-            for hook in own_pre_hooks(module).values()
+            for hook in hooks.values()
             if isinstance(hook, stock.PruningContainer)
         ]
 
