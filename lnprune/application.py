@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import CustomFromMask
 
 from lnprune import masks
+from lnprune.errors import named
 from lnprune.finding import parameter_of
 from lnprune.layer_types import bias_part, known_weights
 from lnprune.masks import Request
-from lnprune.messages import NAMED_ERRORS, add_name
 from lnprune.norms import nonzero_counts
 from lnprune.parameters import Weight, current_tensor
 from lnprune.registration import ParameterState, Pruning, unregister
@@ -40,34 +39,33 @@ class Target(NamedTuple):
 def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list[Pruning]:
     """Gives every target its mask and its hook, as ``BasePruningMethod.apply`` does."""
     prunings: list[Pruning] = []
-    for target in targets:
-        transaction.touch(target[1])
-        try:
-            pruning = Pruning(*target, n)
-        except NAMED_ERRORS as error:
-            add_name(error, target.name)
-            raise
-        prunings.append(pruning)
-    masks.write_masks(_first_places(prunings) if len(prunings) > 1 else prunings, n)
+    with named() as about:
+        for target in targets:
+            about.name = target[0]
+            transaction.touch(target[1])
+            prunings.append(Pruning(*target, n))
+    requests = [pruning.request for pruning in prunings]
+    if len(requests) > 1:
+        _write_shared(requests, n)
+    else:
+        masks.write_masks(requests, n)
     for pruning in prunings:
-        if pruning.owner is not None:
-            pruning.mask = pruning.owner.mask
-            pruning.weight = masks.masked(pruning.mask, pruning.original)
-        if type(pruning.new) is CustomFromMask:
-            pruning.new.mask = pruning.mask
         pruning.finish()
     return prunings
 
 
-def _first_places(prunings: list[Pruning]) -> list[Pruning]:
-    """The prunings that need a mask of their own; each other one is told whose mask it shares."""
-    first: dict[tuple[int, int, int], Pruning] = {}
-    for pruning in prunings:
-        key = id(pruning.original), id(pruning.old_mask), id(pruning.keep)
-        owner = first.setdefault(key, pruning)
-        if owner is not pruning:
-            pruning.owner = owner
-    return list(first.values())
+def _write_shared(requests: Sequence[Request], n: Any) -> None:
+    """Masks and masked weights of all; one mask for places of a weight that prune the same of it."""
+    owners: dict[tuple[int, int, int], Request] = {}
+    shared = []
+    for request in requests:
+        owner = owners.setdefault((id(request.original), id(request.old_mask), id(request.keep)), request)
+        if owner is not request:
+            shared.append((request, owner))
+    masks.write_masks(list(owners.values()), n)
+    for request, owner in shared:
+        request.mask = owner.mask
+        request.weight = masks.masked(owner.mask, request.original)
 
 
 def unmask(

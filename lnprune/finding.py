@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Union
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lnprune.errors import shown
 from lnprune.layer_types import KNOWN, Dims, known_weights, uncalled_children, wrapped_child
-from lnprune.messages import shown
 from lnprune.torch_internals import (
     own_buffers,
     own_modules,

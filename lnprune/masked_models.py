@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
-from lnprune.messages import check_flags, shown
+from lnprune.errors import check_flags, shown
 from lnprune.registration import check_not_in_inference_mode
 from lnprune.torch_internals import (
     own_buffers,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +16,30 @@ from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune import ops, reference
-from lnprune.messages import NAMED_ERRORS, add_name
-from lnprune.norms import channel_norms, check_order, native_order
+from lnprune.errors import named
+from lnprune.flags import keep_flags, pruned_count
+from lnprune.norms import check_order, native_order
 from lnprune.torch_internals import (
     OperatorMode,
     compute_nparams_toprune,
     foreach_mul_,
     validate_pruning_amount,
     validate_pruning_amount_init,
-    validate_pruning_dim,
-    validate_structured_pruning,
 )
 from lnprune.transaction import Transaction, Values
 
 __all__ = [
-    "Amount",
     "Request",
     "check_own_values",
     "compute_mask",
     "is_wrapper",
     "is_writable",
-    "keep_flags",
     "masked",
     "multiplies_in_place",
     "outside_inference_mode",
-    "pruned_count",
     "write_in_place",
     "write_masks",
 ]
-
-Amount = Union[int, float]
 
 # A mask and its masked weight can be written in one pass, after which the weight is handed to autograd; or
 # the mask alone, after which autograd multiplies in a second pass. On the CPU handing over takes longer
@@ -78,29 +72,6 @@ class Request:
         self.amount = amount
         self.keep = keep  # bool, on any device
         self.name = name  # for messages
-
-
-def pruned_count(tensor: Tensor, amount: Amount, dim: int) -> int:
-    """How many channels to prune, after the reference's checks in the reference's order."""
-    if tensor.dim() < 2:
-        validate_structured_pruning(tensor)
-    validate_pruning_dim(tensor, dim)
-    channels = tensor.shape[dim]
-    if type(amount) is float:
-        return round(amount * channels)
-    count = compute_nparams_toprune(amount, channels)
-    validate_pruning_amount(count, channels)
-    return int(count)
-
-
-def keep_flags(scores: Tensor, n: Any, dim: int, count: int) -> Tensor:
-    """Rank and select: bool keep flags of shape ``(channels,)`` when ``count`` are pruned."""
-    if reference.ranks_like_torch():
-        return reference.torch_keep_channels(scores, n, dim, count)
-    norms = channel_norms([scores], n, [operator.index(dim)])[0]
-    if ops.is_native(norms):
-        return ops.select_channels([norms], [], [count], [0.0])[0]
-    return reference.keep_channels(norms, count)
 
 
 def compute_mask(method: StockLnStructured, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -168,17 +139,15 @@ def write_masks(requests: Sequence[Request], n: Any) -> None:
     """
     p = None if reference.ranks_like_torch() else native_order(n)
     groups: dict[tuple[int, bool, bool], list[Request]] = {}
-    for request in requests:
-        try:
+    with named() as about:
+        for request in requests:
+            about.name = request.name
             if _prepare(request, n, p):
                 key = request.original.get_device(), request.old_mask is None, request.keep is None
                 groups.setdefault(key, []).append(request)
             else:
                 request.mask = _plain_mask(request, n)
                 request.weight = masked(request.mask, request.original)
-        except NAMED_ERRORS as error:
-            add_name(error, request.name)
-            raise
     for (_, first, ranked), group in groups.items():
         for fused, rows in _by_fusing(group):
             columns = [
@@ -420,7 +389,7 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
         is_native = ops.is_native(tensor) and _keeps_strides(tensor)
         (native if is_native else plain).append(request)
         if request.keep is None:
-            try:
+            with named(request.name):
                 if request.amount is not checked:
                     validate_pruning_amount_init(request.amount)
                     checked = request.amount
@@ -428,9 +397,6 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
                 together = scores is tensor or ops.are_native(scores, tensor)
                 if not is_native or p is None or not together:
                     request.keep = keep_flags(scores, n, request.dim, request.count)
-            except NAMED_ERRORS as error:
-                add_name(error, request.name)
-                raise
     return native, plain
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from lnprune.application import Target, install, prune_in_place, unmask
-from lnprune.masks import Amount, write_in_place
-from lnprune.messages import check_flags
-from lnprune.parameters import Dim, Parameters, Patterns, collect, per_weight
-from lnprune.prune import Order
-from lnprune.ranking import rank, scores_of
+from lnprune.errors import check_flags
+from lnprune.flags import Amount
+from lnprune.masks import write_in_place
+from lnprune.norms import Order
+from lnprune.parameters import Dim, Parameters, Patterns, collect, per_weight, scores_of
+from lnprune.ranking import rank
 from lnprune.selection import Normalize, Of
 from lnprune.torch_internals import (
     own_pre_hooks,

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
 
 from lnprune import ops, reference
-from lnprune.messages import NAMED_ERRORS, add_name
+from lnprune.errors import named
 
 __all__ = [
+    "Order",
     "channel_norms",
     "check_order",
     "native_order",
@@ -24,6 +25,8 @@ __all__ = [
     "zero_norms_are_zeros",
 ]
 
+
+Order = Union[int, float, Literal["fro", "nuc"], None]
 
 _NUMBERS = frozenset({float, int, bool})
 
@@ -62,11 +65,8 @@ def channel_norms(
         if p is not None and ops.is_native(tensor):
             by_device.setdefault(tensor.device, []).append(i)
         else:
-            try:
+            with named(names[i] if names else ""):
                 norms[i] = reference.channel_norms(tensor, n, dims[i])
-            except NAMED_ERRORS as error:
-                add_name(error, names[i] if names else "")
-                raise
     for indices in by_device.values():
         found = ops.channel_norms([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
         for i, norm in zip(indices, found, strict=True):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lnprune.errors import shown
 from lnprune.finding import Found, Patterns, find, is_masked, named_modules, uncalled
 from lnprune.layer_types import KNOWN, bare_name, known_weights, never_called
-from lnprune.messages import shown
 from lnprune.torch_internals import (
     own_buffers,
     own_modules,
@@ -32,6 +32,7 @@ __all__ = [
     "current_tensor",
     "per_weight",
     "placed",
+    "scores_of",
 ]
 
 Parameters = Union[nn.Module, Iterable[tuple[nn.Module, str]]]
@@ -199,6 +200,39 @@ def per_weight(given: Any, names: Sequence[str], what: str) -> list[Any]:
         trouble = f"got one for {unknown[0]!r}" if unknown else f"got none for {missing[0]!r}"
         raise ValueError(f"{what}: expected one for each of {len(names)} parameters, {trouble}")
     return [given[name] for name in names]
+
+
+def scores_of(
+    weights: list[Weight], tensors: list[Tensor], importance_scores: Mapping[Any, Tensor] | None
+) -> list[Tensor]:
+    """What is ranked: the weights, or the scores that are given for some of them."""
+    if importance_scores is None:
+        return tensors
+    if not isinstance(importance_scores, Mapping):
+        raise TypeError(
+            "importance_scores: expected a mapping from (module, name) or a parameter's name to a tensor, "
+            f"got {type(importance_scores).__name__}"
+        )
+    index: dict[Any, int] = {}
+    for i, weight in enumerate(weights):
+        index[weight.name] = i
+        index.update((place, i) for place in weight.places)
+    scores = list(tensors)
+    for key, score in importance_scores.items():
+        if key not in index:
+            raise ValueError(f"importance_scores: {key!r} is none of the {len(weights)} parameters")
+        i = index[key]
+        if not isinstance(score, Tensor):
+            raise TypeError(
+                f"{weights[i].name}: expected a tensor of importance_scores, got {type(score).__name__}"
+            )
+        if score.shape != tensors[i].shape:
+            raise ValueError(
+                f"{weights[i].name}: expected importance_scores of its shape {tuple(tensors[i].shape)}, "
+                f"got {tuple(score.shape)}"
+            )
+        scores[i] = score
+    return scores
 
 
 def collect(

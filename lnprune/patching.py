@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
+from lnprune.errors import check_flags
 from lnprune.masks import compute_mask
-from lnprune.messages import check_flags
 from lnprune.prune import apply
 
 __all__ = ["patch"]

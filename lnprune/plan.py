@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lnprune import plan_file, report
 from lnprune.application import Application
-from lnprune.messages import check_flags, shown
+from lnprune.errors import check_flags, shown
 from lnprune.parameters import Parameters, Weight, placed
 from lnprune.plan_file import PlanEntry
 

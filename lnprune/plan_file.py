@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import numbers
@@ -11,12 +10,13 @@ import pathlib
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, NamedTuple
 
 from lnprune.atomic_file import replacing
+from lnprune.errors import named
 from lnprune.selection import LEAST, WORDS
 
 __all__ = ["PlanEntry", "SavedPlan", "document", "read", "write"]
@@ -118,9 +118,9 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
     version = saved.get("version")
     if type(version) is not int or version != _VERSION:
         raise ValueError(f"{path}: expected version {_VERSION} of a plan, got {reprlib.repr(version)}")
-    with _named(f"{path}: the plan is damaged: "):
+    with named(f"{path}: the plan is damaged"):
         n, selection = _order(saved), _typed(saved, "selection", dict)
-        with _named("selection."):
+        with named("selection", "."):
             selection = _selection_of(selection)
         cut = _number(saved, "cut") if "cut" in saved else None
         return SavedPlan(n, selection, *_parameters_of(saved), cut)
@@ -135,15 +135,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if math.isfinite(value) else str(float(value))
-
-
-@contextlib.contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Inside, a ValueError names a field of this place of the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}{error}") from None
 
 
 def _typed(values: dict[str, Any], key: str, *kinds: type) -> Any:
@@ -202,7 +193,7 @@ def _order(values: dict[str, Any]) -> Any:
 def _selection_of(values: dict[str, Any]) -> dict[str, Any]:
     """What was selected, without what later versions say of it."""
     amount = _typed(values, "amount", int, float, bool, dict)
-    with _named("amount." if isinstance(amount, dict) else ""):
+    with named("amount" if isinstance(amount, dict) else "", "."):
         amounts = amount if isinstance(amount, dict) else values
         for key in amount if isinstance(amount, dict) else ("amount",):
             share = _typed(amounts, key, int, float, bool)
@@ -250,7 +241,7 @@ def _parameters_of(saved: dict[str, Any]) -> tuple[list[PlanEntry], list[list[st
     """The entries of a plan, the names of each parameter, and the pruned channels of each."""
     entries, names, pruned = [], [], []
     for i, values in enumerate(_list_of(saved, "parameters", dict)):
-        with _named(f"parameters[{i}]."):
+        with named(f"parameters[{i}]", "."):
             entry, known, indices = _entry_of(values)
         entries.append(entry)
         names.append(known)

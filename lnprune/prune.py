@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import operator
-from typing import Any, Literal, Union
+from typing import Any
 
 import torch.nn.utils.prune as stock
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.nn.utils.prune import LnStructured as StockLnStructured
 from lnprune import masks, norms
 from lnprune.application import Target, install
 from lnprune.finding import parameter_of
-from lnprune.masks import Amount
+from lnprune.flags import Amount, keep_flags, pruned_count
+from lnprune.norms import Order
 from lnprune.registration import check_not_in_inference_mode
 from lnprune.torch_internals import (
     validate_pruning_amount_init,
@@ -22,9 +23,7 @@ from lnprune.torch_internals import (
 )
 from lnprune.transaction import Snapshot, Transaction
 
-__all__ = ["LnStructured", "Order", "apply", "channel_mask", "channel_norms", "ln_structured"]
-
-Order = Union[int, float, Literal["fro", "nuc"], None]
+__all__ = ["LnStructured", "apply", "channel_mask", "channel_norms", "ln_structured"]
 
 
 def check_dim_is_no_word(dim: Any) -> None:
@@ -247,4 +246,4 @@ def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
     """
     check_dim_is_no_word(dim)
     validate_pruning_amount_init(amount)
-    return masks.keep_flags(tensor, n, dim, masks.pruned_count(tensor, amount, dim))
+    return keep_flags(tensor, n, dim, pruned_count(tensor, amount, dim))

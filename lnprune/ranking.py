@@ -11,53 +11,20 @@ import torch
 from torch import Tensor
 
 from lnprune import reference
-from lnprune.masks import Amount, is_wrapper, masked
-from lnprune.norms import channel_norms, native_order, nonzero_counts, zero_norms_are_zeros
-from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, per_weight
+from lnprune.flags import Amount
+from lnprune.masks import is_wrapper, masked
+from lnprune.norms import Order, channel_norms, native_order, nonzero_counts, zero_norms_are_zeros
+from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, per_weight, scores_of
 from lnprune.plan import Plan
-from lnprune.prune import Order
 from lnprune.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
 from lnprune.torch_internals import (
     own_buffers,
     own_parameters,
 )
 
-__all__ = ["Ranking", "rank", "scores_of"]
+__all__ = ["Ranking", "rank"]
 
 _TOO_MANY = 2**31  # channels: products of two such numbers fit 64 bits
-
-
-def scores_of(
-    weights: list[Weight], tensors: list[Tensor], importance_scores: Mapping[Any, Tensor] | None
-) -> list[Tensor]:
-    """What is ranked: the weights, or the scores that are given for some of them."""
-    if importance_scores is None:
-        return tensors
-    if not isinstance(importance_scores, Mapping):
-        raise TypeError(
-            "importance_scores: expected a mapping from (module, name) or a parameter's name to a tensor, "
-            f"got {type(importance_scores).__name__}"
-        )
-    index: dict[Any, int] = {}
-    for i, weight in enumerate(weights):
-        index[weight.name] = i
-        index.update((place, i) for place in weight.places)
-    scores = list(tensors)
-    for key, score in importance_scores.items():
-        if key not in index:
-            raise ValueError(f"importance_scores: {key!r} is none of the {len(weights)} parameters")
-        i = index[key]
-        if not isinstance(score, Tensor):
-            raise TypeError(
-                f"{weights[i].name}: expected a tensor of importance_scores, got {type(score).__name__}"
-            )
-        if score.shape != tensors[i].shape:
-            raise ValueError(
-                f"{weights[i].name}: expected importance_scores of its shape {tuple(tensors[i].shape)}, "
-                f"got {tuple(score.shape)}"
-            )
-        scores[i] = score
-    return scores
 
 
 def rank(

@@ -95,10 +95,10 @@ def _is_free(module: nn.Module, attribute: str) -> bool:
     )
 
 
-class Pruning(Request):
+class Pruning:
     """One parameter being pruned: detached from its old hook, not yet with its new mask."""
 
-    owner: Pruning | None = None  # whose mask it shares, where that is another's
+    request: Request  # what is to be pruned; the mask and the masked weight come into it
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Pruning(Request):
             )
         self.is_free = old is None and _is_free(module, attribute)
         if old is None:
-            super().__init__(scores, current, dim, amount, keep, name)
+            self.request = Request(scores, current, dim, amount, keep, name)
             if self.is_free and type(current) is nn.Parameter and current.grad_fn is None:
                 parameters[attribute + "_orig"] = current
             else:
@@ -150,22 +150,25 @@ class Pruning(Request):
             return
         original = getattr(module, attribute + "_orig")
         # Flags are written into masks of the original's layout.
-        super().__init__(scores if keep is None else original, original, dim, amount, keep, name)
-        self.old_mask = getattr(module, attribute + "_mask")
+        ranked = scores if keep is None else original
+        self.request = request = Request(ranked, original, dim, amount, keep, name)
+        request.old_mask = getattr(module, attribute + "_mask")
         # A user's container combines masks its own way.
         if keep is None and type(self.method) is not stock.PruningContainer:
-            self.container = self.method
+            request.container = self.method
 
     def finish(self) -> None:
         """The second half, when there are mask and weight."""
-        module, name = self.module, self.attribute
+        module, name, mask, weight = self.module, self.attribute, self.request.mask, self.request.weight
+        if type(self.new) is stock.CustomFromMask:
+            self.new.mask = mask
         if self.is_free:
-            own_buffers(module)[name + "_mask"] = self.mask
+            own_buffers(module)[name + "_mask"] = mask
             own_transient_buffers(module).discard(name + "_mask")
-            module.__dict__[name] = self.weight
+            module.__dict__[name] = weight
         else:
-            module.register_buffer(name + "_mask", self.mask)
-            setattr(module, name, self.weight)
+            module.register_buffer(name + "_mask", mask)
+            setattr(module, name, weight)
         module.register_forward_pre_hook(self.method)
 
 

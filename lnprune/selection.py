@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lnprune import ops
-from lnprune.messages import NAMED_ERRORS, add_name
+from lnprune.errors import named
 from lnprune.torch_internals import (
     compute_nparams_toprune,
     validate_pruning_amount_init,
@@ -230,11 +230,8 @@ class Arrangement:
         )
         blocks = []
         for name, amount, left, cost, fewest, most in rows:
-            try:
+            with named(name):
                 wanted = kept_of(amount, left * cost, of)
-            except NAMED_ERRORS as error:
-                add_name(error, name)
-                raise
             blocks.append(_nearest_multiple(wanted, self.step * cost, fewest, most))
         return self._channels(self._first_blocks(blocks))
 

@@ -137,7 +137,7 @@ def test_one_place_ranks_and_one_writes():
         what: {name for name, steps in taken.items() if steps & functions} - {"ops", "reference"}
         for what, functions in (("ask", ASK), ("rank", RANK), ("write", WRITE))
     }
-    assert rooms["ask"] == {"norms", "masks"}
+    assert rooms["ask"] == {"norms", "flags", "masks"}
     # Selection ranks groups of norms. What masks ranks, it writes too.
     assert rooms["rank"] == {"norms", "masks", "selection"}
     assert rooms["write"] == {"masks"}

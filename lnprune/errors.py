@@ -7,17 +7,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["NAMED_ERRORS", "add_name", "check_flags", "shown"]
-
-# What a call on one of many parameters raises about it, as a rule.
-NAMED_ERRORS = (TypeError, ValueError, IndexError, RuntimeError)
+__all__ = ["check_flags", "named", "shown"]
 
 
-def add_name(error: Exception, name: str) -> None:
-    """Puts the name, where there is one, before the error's message."""
-    # In place, since not every type of exception can be made from a message alone.
-    if name and error.args and isinstance(error.args[0], str):
-        error.args = f"{name}: {error.args[0]}", *error.args[1:]
+class named:
+    """Inside, an error about one of many things says its name first. The block may change the name.
+
+    Example:
+        >>> with named("weight") as about:
+        ...     about.name = "bias"
+        ...     raise ValueError("expected two dims")
+        Traceback (most recent call last):
+        ValueError: bias: expected two dims
+    """
+
+    __slots__ = ("name", "separator")
+
+    def __init__(self, name: str = "", separator: str = ": "):
+        self.name, self.separator = name, separator
+
+    def __enter__(self) -> named:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        is_about_it = isinstance(error, (TypeError, ValueError, IndexError, RuntimeError)) and self.name
+        if error is not None and is_about_it and error.args and isinstance(error.args[0], str):
+            # In place, since not every type of exception can be made from a message alone.
+            error.args = f"{self.name}{self.separator}{error.args[0]}", *error.args[1:]
 
 
 def check_flags(**flags: Any) -> None:
