@@ -44,17 +44,17 @@ def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list
             about.name = target[0]
             transaction.touch(target[1])
             prunings.append(Pruning(*target, n))
-    requests = [pruning.request for pruning in prunings]
-    if len(requests) > 1:
-        _write_shared(requests, n)
-    else:
-        masks.write_masks(requests, n)
+        requests = [pruning.request for pruning in prunings]
+        if len(requests) > 1:
+            _write_shared(requests, n, about)
+        else:
+            masks.write_masks(requests, n, about)
     for pruning in prunings:
         pruning.finish()
     return prunings
 
 
-def _write_shared(requests: Sequence[Request], n: Any) -> None:
+def _write_shared(requests: Sequence[Request], n: Any, about: named) -> None:
     """Masks and masked weights of all; one mask for places of a weight that prune the same of it."""
     owners: dict[tuple[int, int, int], Request] = {}
     shared = []
@@ -62,7 +62,7 @@ def _write_shared(requests: Sequence[Request], n: Any) -> None:
         owner = owners.setdefault((id(request.original), id(request.old_mask), id(request.keep)), request)
         if owner is not request:
             shared.append((request, owner))
-    masks.write_masks(list(owners.values()), n)
+    masks.write_masks(list(owners.values()), n, about)
     for request, owner in shared:
         request.mask = owner.mask
         request.weight = masks.masked(owner.mask, request.original)

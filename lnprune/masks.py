@@ -131,23 +131,24 @@ def _can_fuse(layout: Tensor, original: Tensor) -> bool:
 # Masks and masked weights.
 
 
-def write_masks(requests: Sequence[Request], n: Any) -> None:
+def write_masks(requests: Sequence[Request], n: Any, about: named) -> None:
     """Gives every request its mask, and its masked weight, differentiable in the original.
 
     That takes one native call for each device. It takes more where the requests differ in kind: flags or
-    amounts, first or repeated pruning, large weights or unusual layouts. An error of a request names it.
+    amounts, first or repeated pruning, large weights or unusual layouts. ``about`` learns which request an
+    error is about.
     """
     p = None if reference.ranks_like_torch() else native_order(n)
     groups: dict[tuple[int, bool, bool], list[Request]] = {}
-    with named() as about:
-        for request in requests:
-            about.name = request.name
-            if _prepare(request, n, p):
-                key = request.original.get_device(), request.old_mask is None, request.keep is None
-                groups.setdefault(key, []).append(request)
-            else:
-                request.mask = _plain_mask(request, n)
-                request.weight = masked(request.mask, request.original)
+    for request in requests:
+        about.name = request.name
+        if _prepare(request, n, p):
+            key = request.original.get_device(), request.old_mask is None, request.keep is None
+            groups.setdefault(key, []).append(request)
+        else:
+            request.mask = _plain_mask(request, n)
+            request.weight = masked(request.mask, request.original)
+    about.name = ""
     for (_, first, ranked), group in groups.items():
         for fused, rows in _by_fusing(group):
             columns = [
