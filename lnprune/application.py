@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lnprune import masks
+from lnprune import in_place, masks
+from lnprune.bits import bits, from_bits, is_zero
 from lnprune.errors import named
 from lnprune.finding import parameter_of
+from lnprune.flags import Request
 from lnprune.layer_types import bias_part, known_weights
-from lnprune.masks import Request
+from lnprune.local import held_here
 from lnprune.norms import nonzero_counts
 from lnprune.parameters import Weight, current_tensor
 from lnprune.registration import ParameterState, Pruning, unregister
 from lnprune.torch_internals import (
     own_parameters,
 )
-from lnprune.transaction import Transaction, Values, bits, from_bits, is_zero
+from lnprune.transaction import Transaction, Values
 
 __all__ = ["Application", "Target", "install", "prune_in_place", "unmask"]
 
@@ -80,14 +82,14 @@ def unmask(
     for name, module, attribute in places:
         held = own_parameters(module).get(attribute + "_orig")
         if held is not None:
-            masks.check_own_values(held, name)
+            held_here(held, name)
         transaction.touch(module)
         original, mask = unregister(module, attribute)
         if (id(original), id(mask)) in pairs:
             continue
         pairs[id(original), id(mask)] = original, mask
         if keep_values:
-            transaction.values.append(Values(original, 0, copied=masks.multiplies_in_place(original)))
+            transaction.note(original, 0, copied=in_place.multiplies_in_place(original))
     return list(pairs.values())
 
 
@@ -100,9 +102,9 @@ def prune_in_place(
     for target in targets:
         name, module, attribute, dim, amount, keep, scores = target
         parameter = own_parameters(module).get(attribute)
-        if parameter is None or not masks.is_writable(parameter):
+        if parameter is None or not in_place.is_writable(parameter):
             if parameter is not None:
-                masks.check_own_values(parameter, name)
+                held_here(parameter, name)
             with_masks.append(target)
             continue
         request = Request(parameter if scores is None else scores, parameter, dim, amount, keep, name)
@@ -110,11 +112,11 @@ def prune_in_place(
         if other is not request and keep is not None and other.keep is not None:
             # A bias that modules share is pruned by each of them.
             other.keep = other.keep & keep
-    with masks.outside_inference_mode():
+    with in_place.outside_inference_mode():
         install(transaction, with_masks, n)
     places = [target[:3] for target in with_masks]
     pairs = unmask(transaction, places, keep_values)
-    masks.write_in_place(list(requests.values()), pairs, n, transaction, keep_values)
+    in_place.write_in_place(list(requests.values()), pairs, n, transaction.note, keep_values)
 
 
 class Application:
@@ -165,7 +167,7 @@ class Application:
             for state in self._before:
                 transaction.touch(state.module)
             for values in (backup.values for backup in self._backups):
-                transaction.values.append(Values(values.tensor, values.dim, values.channels))
+                transaction.note(values.tensor, values.dim, values.channels)
             for backup in self._backups:
                 backup.put_back()
             for state in reversed(self._before):

@@ -1,10 +1,12 @@
-"""Select: the scores of one weight and an amount -> keep flags, one for each channel."""
+"""Select: what to prune of a weight, by amount or by keep flags, and from scores and amounts to flags."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 
 from lnprune import ops, reference
@@ -16,9 +18,33 @@ from lnprune.torch_internals import (
     validate_structured_pruning,
 )
 
-__all__ = ["Amount", "keep_flags", "pruned_count"]
+__all__ = ["Amount", "Request", "flags_of", "keep_flags", "pruned_count"]
 
 Amount = Union[int, float]
+
+
+class Request:
+    """One weight to prune along ``dim``: by an amount of the channels left, or by keep flags."""
+
+    old_mask: Tensor | None = None  # None: ones
+    container: Any = None  # a user's own, which combines masks in its own way
+
+    layout: Tensor  # a tensor of the layout that the mask is to have
+    count = 0  # how many channels to prune; where it is negative, `fraction` says it
+    fraction = 0.0  # the share of the channels that are left
+
+    mask: Tensor  # write_masks() makes both
+    weight: Tensor
+
+    def __init__(
+        self, scores: Tensor, original: Tensor, dim: int, amount: Any, keep: Tensor | None, name: str
+    ):
+        self.scores = scores  # what is ranked; a first mask has its dtype and layout
+        self.original = original  # what the mask is multiplied with, or what is zeroed in place
+        self.dim = dim
+        self.amount = amount
+        self.keep = keep  # bool, on any device
+        self.name = name  # for messages
 
 
 def pruned_count(tensor: Tensor, amount: Amount, dim: int) -> int:
@@ -42,3 +68,14 @@ def keep_flags(scores: Tensor, n: Any, dim: int, count: int) -> Tensor:
     if ops.is_native(norms):
         return ops.select_channels([norms], [], [count], [0.0])[0]
     return reference.keep_channels(norms, count)
+
+
+def flags_of(rows: Sequence[Request]) -> list[Tensor]:
+    """The flags of requests of one device, brought there in one transfer."""
+    flags: list[Any] = [row.keep for row in rows]
+    device = rows[0].original.device
+    if all(keep.device == device for keep in flags):
+        return flags
+    return list(
+        torch.cat([keep.cpu() for keep in flags]).to(device).split([keep.numel() for keep in flags])
+    )

@@ -11,7 +11,7 @@ from torch.nn.utils import prune as stock
 from lnprune.application import Target, install, prune_in_place, unmask
 from lnprune.errors import check_flags
 from lnprune.flags import Amount
-from lnprune.masks import write_in_place
+from lnprune.in_place import write_in_place
 from lnprune.norms import Order
 from lnprune.parameters import Dim, Parameters, Patterns, collect, per_weight, scores_of
 from lnprune.ranking import rank
@@ -175,5 +175,5 @@ def remove_all(model: nn.Module) -> nn.Module:
     ]
     with Transaction() as transaction:
         pairs = unmask(transaction, places)
-        write_in_place([], pairs, None, transaction)
+        write_in_place([], pairs, None, transaction.note)
     return model

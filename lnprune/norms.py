@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lnprune import ops, reference
 from lnprune.errors import named
+from lnprune.local import by_device
 
 __all__ = [
     "Order",
@@ -60,14 +61,15 @@ def channel_norms(
     """
     p = native_order(n)
     norms: list[Any] = [None] * len(tensors)
-    by_device: dict[torch.device, list[int]] = {}
+    native = []
     for i, tensor in enumerate(tensors):
         if p is not None and ops.is_native(tensor):
-            by_device.setdefault(tensor.device, []).append(i)
+            native.append(i)
         else:
             with named(names[i] if names else ""):
                 norms[i] = reference.channel_norms(tensor, n, dims[i])
-    for indices in by_device.values():
+    for places in by_device(tensors[i] for i in native).values():
+        indices = [native[place] for place in places]
         found = ops.channel_norms([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
         for i, norm in zip(indices, found, strict=True):
             norms[i] = norm

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from lnprune.local import PLAIN_TYPES
+
 __all__ = [
     "are_native",
     "build_info",
@@ -123,13 +125,12 @@ _NATIVE_DTYPES = frozenset(
         torch.float8_e5m2fnuz,
     }
 )
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def is_native(tensor: Tensor) -> bool:
     """Whether the native code takes this tensor; others go through :mod:`lnprune.reference`."""
     if not (
-        type(tensor) in _PLAIN_TYPES
+        type(tensor) in PLAIN_TYPES
         and tensor.dtype in _NATIVE_DTYPES
         and tensor.layout is torch.strided
         and not tensor.is_neg()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lnprune import reference
 from lnprune.flags import Amount
-from lnprune.masks import is_wrapper, masked
+from lnprune.local import is_wrapper, on_cpu
+from lnprune.masks import masked
 from lnprune.norms import Order, channel_norms, native_order, nonzero_counts, zero_norms_are_zeros
 from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, per_weight, scores_of
 from lnprune.plan import Plan
@@ -171,16 +172,16 @@ class Ranking:
             math.prod(weight.shape) // count if count else 0
             for weight, count in zip(self._weights, channels, strict=True)
         ]
-        norms = _on_cpu(self._norms, torch.float64)
+        norms = on_cpu(self._norms, torch.float64)
         unmasked = None
         if self._mask_counts:
             ones = torch.ones(max(channels), dtype=torch.float64, device="cpu")
             counts = [self._mask_counts.get(i, ones[:count]) for i, count in enumerate(channels)]
-            unmasked = _on_cpu(counts, torch.float64) != 0
+            unmasked = on_cpu(counts, torch.float64) != 0
         elements = norms
         if self._element_counts:
             counts = [self._element_counts.get(i, norms) for i, norms in enumerate(self._norms)]
-            elements = _on_cpu(counts, torch.float64)
+            elements = on_cpu(counts, torch.float64)
         nonzero = elements != 0
         return Layers(
             self.names,
@@ -279,19 +280,3 @@ class Ranking:
         else:
             flags = arrangement.select_global(amount, of)
         return Plan(self._weights, flags, self.n, {"amount": amount, **options}, arrangement)
-
-
-def _on_cpu(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All in one, with one transfer for each device."""
-    if not tensors:
-        return torch.empty(0, dtype=dtype, device="cpu")
-    if len({tensor.device for tensor in tensors}) == 1:
-        return torch.cat(list(tensors)).cpu()
-    places: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        places.setdefault(tensor.device, []).append(i)
-    found: dict[int, Tensor] = {}
-    for indices in places.values():
-        here = torch.cat([tensors[i] for i in indices]).cpu()
-        found.update(zip(indices, here.split([tensors[i].numel() for i in indices]), strict=True))
-    return torch.cat([found[i] for i in range(len(tensors))])

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
+from lnprune.bits import bits
 from lnprune.finding import parameter_of
-from lnprune.masks import Request, masked
+from lnprune.flags import Request
+from lnprune.masks import masked
 from lnprune.parameters import check_not_parametrized
 from lnprune.torch_internals import (
     own_buffers,
@@ -25,7 +27,6 @@ from lnprune.torch_internals import (
     set_pruned_name,
     set_pruning_methods,
 )
-from lnprune.transaction import bits
 
 __all__ = ["ParameterState", "Pruning", "check_not_in_inference_mode", "unregister"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import prune as stock
 
+from lnprune.bits import bits
 from lnprune.parameters import check_is_eager
 from lnprune.torch_internals import (
     own_registries,
@@ -16,7 +16,7 @@ from lnprune.torch_internals import (
     set_pruning_methods,
 )
 
-__all__ = ["Snapshot", "Transaction", "Values", "bits", "from_bits", "is_zero"]
+__all__ = ["Snapshot", "Transaction", "Values"]
 
 
 class Snapshot:
@@ -68,6 +68,10 @@ class Transaction:
         if id(module) not in self._snapshots:
             self._snapshots[id(module)] = Snapshot(module)
 
+    def note(self, tensor: Tensor, dim: int, channels: Tensor | None = None, copied: bool = True) -> None:
+        """To be called before values are overwritten; the arguments are those of :class:`Values`."""
+        self.values.append(Values(tensor, dim, channels, copied))
+
     def __enter__(self) -> Transaction:
         return self
 
@@ -114,29 +118,3 @@ class Values:
         self.tensor.data = self.data
         if self.copied:
             self.write(self.saved)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers, which copy and compare in any dtype without a change of any bit."""
-    if tensor.is_conj() or tensor.is_neg():
-        return tensor
-    if tensor.dtype is torch.complex128:
-        tensor = torch.view_as_real(tensor)
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(kinds[tensor.element_size()])
-
-
-def from_bits(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor of this dtype with these bits."""
-    if integers.dtype == dtype:
-        return integers
-    if dtype is torch.complex128:
-        return torch.view_as_complex(integers.view(torch.float64))
-    return integers.view(dtype)
-
-
-def is_zero(integers: Tensor) -> Tensor:
-    """Which of these bits are those of 0.0 or -0.0."""
-    if integers.is_floating_point() or integers.is_complex():
-        return integers == 0
-    return (integers << 1) == 0

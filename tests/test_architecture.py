@@ -137,16 +137,20 @@ def test_one_place_ranks_and_one_writes():
         what: {name for name, steps in taken.items() if steps & functions} - {"ops", "reference"}
         for what, functions in (("ask", ASK), ("rank", RANK), ("write", WRITE))
     }
-    assert rooms["ask"] == {"norms", "flags", "masks"}
-    # Selection ranks groups of norms. What masks ranks, it writes too.
-    assert rooms["rank"] == {"norms", "masks", "selection"}
-    assert rooms["write"] == {"masks"}
+    assert rooms["ask"] == {"norms", "flags", "masks", "in_place"}
+    # Selection ranks groups of norms. What is ranked for masks and in place is written there too.
+    assert rooms["rank"] == {"norms", "masks", "in_place", "selection"}
+    assert rooms["write"] == {"masks", "in_place"}
 
 
-@pytest.mark.parametrize("name", ["selection", "plan_file", "report", "reference", "norms"])
+MODULELESS = ("selection", "plan_file", "report", "reference", "norms", "masks", "in_place")
+
+
+@pytest.mark.parametrize("name", MODULELESS)
 def test_what_needs_no_module_knows_none(name):
     """Norms, flags, files and tables are of weights wherever they live."""
-    assert not reachable(name) & {"registration", "application", "plan", "prune", "model"}
+    floors_above = {"parameters", "registration", "transaction", "application", "plan", "model"}
+    assert not reachable(name) & floors_above
 
 
 # Private attributes that are no torch's: those of Python's own namedtuple and copyreg.

@@ -735,3 +735,12 @@ def test_autograd_sees_a_permanent_change(device):
     call(model, 0.5, 2, "out", permanent=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_permanent_along_dims_from_the_end(device, dtype):
+    model = nn.Sequential(nn.Linear(4, 3, dtype=dtype, device=device))
+    weight = model[0].weight.detach().clone()
+    lnprune.local_structured([(model[0], "weight")], 0.5, 2, -1, permanent=True)
+    kept = lnprune.channel_mask(weight, 0.5, 2, 1)
+    assert torch.equal(model[0].weight, weight * kept)

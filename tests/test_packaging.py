@@ -380,7 +380,7 @@ def test_cuda_tensors_without_the_cuda_library_are_said_once_to_take_plain_torch
         def is_neg(self):
             return False
 
-    monkeypatch.setattr(lnprune.ops, "_PLAIN_TYPES", (OnCuda,))
+    monkeypatch.setattr(lnprune.ops, "PLAIN_TYPES", (OnCuda,))
     monkeypatch.setattr(lnprune.ops, "_HAS_CUDA", False)
     lnprune.ops._warn_of_plain_torch.cache_clear()
     with warnings.catch_warnings(record=True) as warned:

@@ -1277,7 +1277,7 @@ def test_errors_of_any_kind_get_the_parameters_name(monkeypatch):
     for module, function, call in (
         ("norms", "reference.channel_norms", lambda: lnprune.rank(model, "nuc", 0)),
         ("masks", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0)),
-        ("masks", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True)),
+        ("in_place", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True)),
         ("selection", "kept_of", lambda: lnprune.rank(model, 2, 0).select(1)),
     ):
         with monkeypatch.context() as patch:
