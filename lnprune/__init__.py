@@ -25,11 +25,11 @@ from torch.nn.utils.prune import (
 
 from lnprune import ops, reference
 from lnprune.masked_models import load_masked, renew_masked
-from lnprune.model import global_structured, local_structured, remove_all
+from lnprune.model import global_structured, load_plan, local_structured, rank, remove_all
 from lnprune.patching import patch
-from lnprune.plan import Plan, PlanEntry, load_plan
+from lnprune.plan import Plan, PlanEntry
 from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
-from lnprune.ranking import Ranking, rank
+from lnprune.ranking import Ranking
 from lnprune.reference import reference_ranking
 
 __version__ = "0.1.0"

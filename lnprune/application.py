@@ -23,7 +23,33 @@ from lnprune.torch_internals import (
 )
 from lnprune.transaction import Transaction, Values
 
-__all__ = ["Application", "Target", "install", "prune_in_place", "unmask"]
+__all__ = [
+    "Application",
+    "Part",
+    "Slices",
+    "Target",
+    "Weight",
+    "install",
+    "prune_in_place",
+    "unmask",
+]
+
+
+class Part(NamedTuple):
+    """A part of a tensor: so many of its indices along a dim, from the first of them on."""
+
+    dim: int
+    start: int
+    length: int
+
+
+class Slices(NamedTuple):
+    """Slices of a weight, or of a part of it, along a dim, with a flag for each of them that stays."""
+
+    weight: Weight
+    dim: int
+    keep: Tensor  # bool
+    part: Part | None = None
 
 
 class Target(NamedTuple):
@@ -36,6 +62,7 @@ class Target(NamedTuple):
     amount: Any = None
     keep: Tensor | None = None  # bool flags; targets of one weight with the same flags share a mask
     scores: Tensor | None = None  # None: the weight is ranked
+    part: Part | None = None  # None: all of the weight; no mask can be of less
 
 
 def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list[Pruning]:
@@ -45,7 +72,7 @@ def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list
         for target in targets:
             about.name = target[0]
             transaction.touch(target[1])
-            prunings.append(Pruning(*target, n))
+            prunings.append(Pruning(*target[:7], n))
         requests = [pruning.request for pruning in prunings]
         if len(requests) > 1:
             _write_shared(requests, n, about)
@@ -98,17 +125,25 @@ def prune_in_place(
 ) -> None:
     """Zeros in place; what is masked, or cannot be written in place, gets the values of ``remove``."""
     with_masks = []
-    requests: dict[int, Request] = {}
+    requests: dict[Any, Request] = {}
+    parts: dict[int, tuple[Tensor, Part]] = {}  # by the identity of a view
     for target in targets:
-        name, module, attribute, dim, amount, keep, scores = target
+        name, module, attribute, dim, amount, keep, scores, part = target
         parameter = own_parameters(module).get(attribute)
         if parameter is None or not in_place.is_writable(parameter):
             if parameter is not None:
                 held_here(parameter, name)
+            if part is not None:
+                raise ValueError(f"{name}: expected a parameter that can be written, to prune a part of it")
             with_masks.append(target)
             continue
-        request = Request(parameter if scores is None else scores, parameter, dim, amount, keep, name)
-        other = requests.setdefault(id(parameter), request)
+        written: Tensor = parameter
+        if part is not None:
+            written = parameter.detach().narrow(*part)
+            parts[id(written)] = parameter, part
+        request = Request(written if scores is None else scores, written, dim, amount, keep, name)
+        key = id(parameter) if keep is None else (id(parameter), dim, part)
+        other = requests.setdefault(key, request)
         if other is not request and keep is not None and other.keep is not None:
             # A bias that modules share is pruned by each of them.
             other.keep = other.keep & keep
@@ -116,7 +151,12 @@ def prune_in_place(
         install(transaction, with_masks, n)
     places = [target[:3] for target in with_masks]
     pairs = unmask(transaction, places, keep_values)
-    in_place.write_in_place(list(requests.values()), pairs, n, transaction.note, keep_values)
+
+    def before(tensor: Tensor, *values: Any) -> None:
+        whole, part = parts.get(id(tensor), (tensor, None))
+        transaction.note(whole, *values, part=part)
+
+    in_place.write_in_place(list(requests.values()), pairs, n, before, keep_values)
 
 
 class Application:
@@ -124,17 +164,15 @@ class Application:
 
     def __init__(
         self,
-        weights: Sequence[Weight],
-        flags: Sequence[Tensor],
+        slices: Sequence[Slices],
         n: Any,
         permanent: bool,
         bias: bool,
         keep_backup: bool,
     ):
         if not permanent:
-            for weight in weights:
-                weight.check_holds_mask()
-        targets = _targets(weights, flags, bias)
+            _check_hold_masks(slices)
+        targets = _targets(slices, bias)
         self._names = [target.name for target in targets]
         self._has_values = keep_backup or not permanent
         self._before = [ParameterState(target.module, target.attribute) for target in targets]
@@ -167,7 +205,7 @@ class Application:
             for state in self._before:
                 transaction.touch(state.module)
             for values in (backup.values for backup in self._backups):
-                transaction.note(values.tensor, values.dim, values.channels)
+                transaction.note(values.tensor, values.dim, values.channels, part=values.part)
             for backup in self._backups:
                 backup.put_back()
             for state in reversed(self._before):
@@ -181,7 +219,7 @@ class _Backup:
         self.values = values
         self.dtype = values.tensor.dtype
         # What the pruning wrote in their place; None: zeros.
-        self.left = values.part().clone() if values.channels is None else None
+        self.left = values.now().clone() if values.channels is None else None
         self.counts = self._counts()
 
     def _counts(self) -> Tensor:
@@ -202,7 +240,7 @@ class _Backup:
         tensor = self.values.tensor
         if tensor.is_meta:
             return
-        now = self.values.part()
+        now = self.values.now()
         left = torch.zeros_like(now) if self.left is None else self._as_now(self.left)
         # A zero is a zero, whatever its sign.
         written = (now != left) & ~(is_zero(now) & is_zero(left)) & self._taken().to(tensor.device)
@@ -221,7 +259,7 @@ class _Backup:
 
     def put_back(self) -> None:
         values, left = self.values, self.left
-        now = values.part()
+        now = values.now()
         untouched = left is not None and values.tensor.dtype == self.dtype and torch.equal(now, left)
         if untouched and not values.copied:
             values.tensor.data = values.data  # its own memory, which torch did not write to
@@ -233,11 +271,24 @@ def _width(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
 
-def _targets(weights: Sequence[Weight], flags: Sequence[Tensor], bias: bool) -> list[Target]:
+def _check_hold_masks(slices: Sequence[Slices]) -> None:
+    """Raises ValueError where a mask cannot say what is pruned, or no hook would renew it."""
+    seen: set[Weight] = set()
+    for weight, _, _, part in slices:
+        weight.check_holds_mask()
+        if part is not None or weight in seen:
+            raise ValueError(
+                f"{weight.name}: a mask is of one dim of a whole weight: prune parts of weights, and "
+                "weights along two dims, with permanent=True"
+            )
+        seen.add(weight)
+
+
+def _targets(slices: Sequence[Slices], bias: bool) -> list[Target]:
     """All that flags are to prune, after the checks of names, shapes and biases."""
     targets: list[Target] = []
-    dims: dict[int, tuple[str, int]] = {}
-    for weight, keep in zip(weights, flags, strict=True):
+    seen: dict[int, tuple[str, Weight, int]] = {}
+    for weight, along, keep, part in slices:
         if not weight.places:
             raise RuntimeError(
                 f"{weight.name}: the plan was made without a model: save it, and load_plan() it for one"
@@ -249,13 +300,13 @@ def _targets(weights: Sequence[Weight], flags: Sequence[Tensor], bias: bool) -> 
                     f"{name}: expected shape {weight.shape}, as it was ranked, got {tuple(tensor.shape)}"
                 )
             if attribute in own_parameters(module):
-                other, dim = dims.setdefault(id(tensor), (name, weight.dim))
-                if dim != weight.dim:
+                other, owner, dim = seen.setdefault(id(tensor), (name, weight, along))
+                if owner is not weight and dim != along:
                     raise RuntimeError(
                         f"{name}: shares its weight with {other} now, so expected one dim for both, got "
-                        f"{weight.dim} and {dim}: rank the model again"
+                        f"{along} and {dim}: rank the model again"
                     )
-            targets.append(Target(name, module, attribute, weight.dim, keep=keep))
+            targets.append(Target(name, module, attribute, along, keep=keep, part=part))
     return targets + (_bias_targets(targets) if bias else [])
 
 
@@ -287,7 +338,8 @@ def _bias_flags(target: Target) -> Tensor | None:
     bias = current_tensor(module, place.attribute, name)
     dims = known_weights(module).get(target.attribute)
     length = keep.numel() * place.repeats
-    if (dims is not None and target.dim != dims.out) or bias.shape != (length * place.parts,):
+    is_output = dims is None or target.dim == dims.out
+    if not is_output or target.part is not None or bias.shape != (length * place.parts,):
         raise ValueError(
             f"{name}: bias=True needs channels that are outputs, got {keep.numel()} channels along dim "
             f"{target.dim} of {type(module).__name__} with a bias of shape {tuple(bias.shape)}"

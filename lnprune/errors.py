@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["check_flags", "named", "shown"]
+__all__ = ["check_flags", "named", "per_name", "shown"]
 
 
 class named:
@@ -53,3 +54,15 @@ def shown(value: Any) -> str:
         inside = ", ".join(shown(each) for each in value[:4]) + (", ..." if len(value) > 4 else "")
         return f"({inside})" if type(value) is tuple else f"[{inside}]"
     return " ".join(reprlib.repr(value).split())
+
+
+def per_name(given: Any, names: Sequence[str], what: str) -> list[Any]:
+    """One value for each name: the same for all, or by name."""
+    if not isinstance(given, Mapping):
+        return [given] * len(names)
+    unknown = [name for name in given if name not in set(names)]
+    missing = [name for name in names if name not in given]
+    if unknown or missing:
+        trouble = f"got one for {unknown[0]!r}" if unknown else f"got none for {missing[0]!r}"
+        raise ValueError(f"{what}: expected one for each of {len(names)} parameters, {trouble}")
+    return [given[name] for name in names]

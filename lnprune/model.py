@@ -1,30 +1,112 @@
-"""Whole models in one call: local_structured, global_structured, remove_all."""
+"""Whole models in one call: rank, local_structured, global_structured, remove_all, load_plan."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
+from lnprune import plan_file, reference
 from lnprune.application import Target, install, prune_in_place, unmask
-from lnprune.errors import check_flags
+from lnprune.errors import check_flags, per_name
 from lnprune.flags import Amount
 from lnprune.in_place import write_in_place
+from lnprune.masks import masked
 from lnprune.norms import Order
-from lnprune.parameters import Dim, Parameters, Patterns, collect, per_weight, scores_of
-from lnprune.ranking import rank
+from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, placed, scores_of
+from lnprune.plan import Plan, loaded
+from lnprune.ranking import Ranking, measure
+from lnprune.rows import Member, Row
 from lnprune.selection import Normalize, Of
-from lnprune.torch_internals import (
-    own_pre_hooks,
-    pruned_name,
-)
+from lnprune.torch_internals import own_buffers, own_parameters, own_pre_hooks, pruned_name
 from lnprune.transaction import Transaction
 
-__all__ = ["global_structured", "local_structured", "remove_all"]
+__all__ = ["global_structured", "load_plan", "local_structured", "rank", "remove_all"]
 
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
+
+
+def rank(
+    parameters: Parameters,
+    n: Order,
+    dim: Dim,
+    importance_scores: Mapping[Any, Tensor] | None = None,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> Ranking:
+    """Measures the L\\ ``n`` norm of every channel of many parameters, in one native call per device.
+
+    No weight is changed, and none is read again by the selections that follow. A weight that modules
+    share is measured once. Of a pruned parameter the product of mask and original is measured, as they are
+    now, whatever the last forward left in the attribute. Channels that are gone take no part in what is
+    selected: those that a mask empties, and those whose elements are all zero, whoever zeroed them.
+
+    Args:
+        parameters: pairs ``(module, name)``, as in torch's ``global_unstructured``; they are called
+            ``"0.weight"``, ``"1.weight"``, ... Or a module: then the weights of every Linear, convolution,
+            transposed convolution, Embedding, MultiheadAttention and Conv1D of transformers in it. Their
+            names are those of the bare model, without what wrappers (compiled, parallel, averaged) add.
+        n: the order of the norm, as for :func:`ln_structured`.
+        dim: the dim of the channels: one number; ``"out"`` or ``"in"``, which is the right one for each
+            type of module; or one per parameter, as a sequence or as a mapping by name.
+        importance_scores: tensors to rank in place of some of the weights, by ``(module, name)`` or by
+            the parameter's name, each of its parameter's shape.
+        include: of a module, the weights to take: patterns as in :mod:`fnmatch` for the name of the
+            parameter or of its module, and types of modules. A pattern that matches none of the weights
+            above is looked for among all parameters of two dims or more, and a type beyond the ones above
+            stands for all of these in its modules. A mapping also teaches what ``dim="out"`` and ``"in"``
+            mean, as in ``include={MyLinear: {"out": 0, "in": 1}, nn.Linear: None}``.
+        exclude: patterns and types of weights not to take. A weight that modules share is taken under all
+            of its names or, where one of them is excluded, under none.
+
+    Returns:
+        a :class:`Ranking`. Its norms stay on the devices of the weights until the first selection.
+
+    Raises:
+        AttributeError: a module has no such parameter.
+        ValueError: there is nothing to rank; a parameter is given twice, has fewer than two dims or no
+            shape yet, shares its weight with one that has another ``dim``; a pattern matches nothing;
+            scores have another shape.
+        IndexError: ``dim`` is out of range.
+        TypeError: ``parameters`` holds something else; a parameter is parametrized.
+        RuntimeError: ``n`` is no order of a norm; or inside :func:`reference_ranking`, since a ranking
+            across layers has no counterpart in torch.
+
+    Example:
+        >>> import lnprune
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
+        >>> ranking = lnprune.rank(model, n=2, dim="out")
+        >>> {name: tuple(norms.shape) for name, norms in ranking.norms.items()}
+        {'0.weight': (8,), '1.weight': (4,)}
+    """
+    if reference.ranks_like_torch():
+        raise RuntimeError(
+            "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
+            "ln_structured or local_structured, or rank outside of it"
+        )
+    weights, tensors, given = collect(parameters, dim, include, exclude)
+    rows, masks = [], {}
+    for i, (weight, along) in enumerate(zip(weights, given, strict=True)):
+        along %= len(weight.shape)
+        rows.append(Row(weight.name, weight.shape[along], [Member(weight, along)]))
+        module, attribute = weight.places[0]
+        if attribute not in own_parameters(module):
+            mask = own_buffers(module)[attribute + "_mask"]
+            original = own_parameters(module)[attribute + "_orig"]
+            assert mask is not None
+            assert original is not None
+            masks[weight] = mask
+            with torch.no_grad():
+                tensors[i] = masked(mask, original)
+    scores = scores_of(weights, tensors, importance_scores)
+    measured = dict(zip(weights, tensors, strict=True))
+    return measure(rows, n, measured, dict(zip(weights, scores, strict=True)), masks)
 
 
 def local_structured(
@@ -77,16 +159,16 @@ def local_structured(
         [16, 4]
     """
     check_flags(permanent=permanent)
-    weights, tensors = collect(parameters, dim, include, exclude)
+    weights, tensors, dims = collect(parameters, dim, include, exclude)
     scores = scores_of(weights, tensors, importance_scores)
     if not permanent:
         for weight in weights:
             weight.check_holds_mask()
-    amounts = per_weight(amount, [weight.name for weight in weights], "amount")
+    amounts = per_name(amount, [weight.name for weight in weights], "amount")
     # One at a time: thousands of them at once would keep the garbage collector busy.
     targets = (
-        Target(name, module, attribute, weight.given_dim, share, None, None if score is tensor else score)
-        for weight, tensor, score, share in zip(weights, tensors, scores, amounts, strict=True)
+        Target(name, module, attribute, along, share, None, None if score is tensor else score)
+        for weight, along, tensor, score, share in zip(weights, dims, tensors, scores, amounts, strict=True)
         for name, (module, attribute) in zip(weight.names, weight.places, strict=True)
     )
     with Transaction() as transaction:
@@ -177,3 +259,32 @@ def remove_all(model: nn.Module) -> nn.Module:
         pairs = unmask(transaction, places)
         write_in_place([], pairs, None, transaction.note)
     return model
+
+
+def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
+    """Reads a plan that :meth:`Plan.save` wrote, for a model with the same parameters.
+
+    Args:
+        path: the file.
+        parameters: the model, wrapped (compiled, parallel, averaged) or not, or pairs ``(module, name)`` in
+            the order in which they were ranked.
+
+    Returns:
+        the :class:`Plan`, without norms.
+
+    Raises:
+        ValueError: the file holds no plan, or one of a newer version, or one for another model: a
+            parameter is missing or has another shape.
+
+    Example:
+        >>> import lnprune, pathlib, tempfile
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "plan.json"
+        >>> lnprune.rank(model, n=2, dim="out").select(0.5).save(path)
+        >>> lnprune.load_plan(path, model).apply()
+        Plan(1 parameters, 2 of 4 channels kept)
+    """
+    saved = plan_file.read(path)
+    weights = [Weight(names, entry.shape) for entry, names in zip(saved.entries, saved.names, strict=True)]
+    return loaded(saved, placed(weights, parameters))

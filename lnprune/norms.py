@@ -20,9 +20,12 @@ from lnprune.local import by_device
 __all__ = [
     "Order",
     "channel_norms",
+    "channel_sums",
     "check_order",
+    "countable",
     "native_order",
     "nonzero_counts",
+    "norms_of_sums",
     "zero_norms_are_zeros",
 ]
 
@@ -59,31 +62,53 @@ def channel_norms(
 
     What plain torch raises has the name of its tensor, where there are names.
     """
+    return _measured(ops.channel_norms, reference.channel_norms, tensors, n, dims, names)
+
+
+def channel_sums(
+    tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str] = ()
+) -> list[Tensor]:
+    """What :func:`channel_norms` takes the root of, which adds up where a channel has several slices."""
+    return _measured(ops.channel_sums, reference.channel_sums, tensors, n, dims, names)
+
+
+def norms_of_sums(sums: Sequence[Tensor], n: Any) -> list[Tensor]:
+    """The norms of channels with these sums, which are contiguous float64 of one device."""
     p = native_order(n)
-    norms: list[Any] = [None] * len(tensors)
-    native = []
+    return [reference.norms_of_sums(each, n) for each in sums] if p is None else ops.norms_of_sums(sums, p)
+
+
+def _measured(
+    native: Any, plain: Any, tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str]
+) -> list[Tensor]:
+    p = native_order(n)
+    found: list[Any] = [None] * len(tensors)
+    taken = []
     for i, tensor in enumerate(tensors):
         if p is not None and ops.is_native(tensor):
-            native.append(i)
+            taken.append(i)
         else:
             with named(names[i] if names else ""):
-                norms[i] = reference.channel_norms(tensor, n, dims[i])
-    for places in by_device(tensors[i] for i in native).values():
-        indices = [native[place] for place in places]
-        found = ops.channel_norms([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
-        for i, norm in zip(indices, found, strict=True):
-            norms[i] = norm
-    return norms
+                found[i] = plain(tensor, n, dims[i])
+    for places in by_device(tensors[i] for i in taken).values():
+        indices = [taken[place] for place in places]
+        made = native([tensors[i] for i in indices], [dims[i] for i in indices], p)
+        for i, each in zip(indices, made, strict=True):
+            found[i] = each
+    return found
 
 
 def nonzero_counts(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
     """How many elements of each channel are not zero, of tensors of any dtype and any number of dims."""
-    counted = []
-    for tensor in tensors:
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            tensor = (tensor != 0).float()
-        counted.append(tensor if tensor.dim() > 1 else tensor.unsqueeze(-1))
-    return channel_norms(counted, 0, dims)
+    return channel_norms([countable(tensor) for tensor in tensors], 0, dims)
+
+
+def countable(tensor: Tensor) -> Tensor:
+    """A tensor that norms take, of two dims or more, whose zeros are where the tensor's are."""
+    tensor = tensor.detach()
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        tensor = (tensor != 0).float()
+    return tensor if tensor.dim() > 1 else tensor.unsqueeze(-1)
 
 
 def zero_norms_are_zeros(dtype: torch.dtype, n: Any) -> bool:

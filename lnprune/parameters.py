@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lnprune.errors import shown
+from lnprune.errors import per_name, shown
 from lnprune.finding import Found, Patterns, find, is_masked, named_modules, uncalled
 from lnprune.layer_types import KNOWN, bare_name, known_weights, never_called
 from lnprune.torch_internals import (
@@ -30,7 +30,6 @@ __all__ = [
     "check_shapes",
     "collect",
     "current_tensor",
-    "per_weight",
     "placed",
     "scores_of",
 ]
@@ -41,28 +40,24 @@ Dim = Union[int, Word, Sequence[Union[int, Word]], Mapping[str, Union[int, Word]
 
 
 class Weight:
-    """One weight, wherever it lives, and the dim of its channels.
+    """One weight, wherever it lives.
 
     ``names`` has an entry for each module that shares the weight, and so has ``places``, module and
-    attribute; a weight that lives in no module has none. ``given_dim`` can count from the last dim.
-    ``reader``, if any, is what reads the weight and never calls the module that has it.
+    attribute; a weight that lives in no module has none. ``reader``, if any, is what reads the weight and
+    never calls the module that has it.
     """
 
-    __slots__ = ("dim", "given_dim", "names", "places", "reader", "shape")
+    __slots__ = ("names", "places", "reader", "shape")
 
     def __init__(
         self,
         names: Sequence[str],
         shape: Sequence[int],
-        dim: int,
         places: Sequence[tuple[nn.Module, str]] = (),
-        given_dim: int | None = None,
     ):
         self.names = list(names)
         self.shape = tuple(shape)
-        self.dim = dim
         self.places = list(places)
-        self.given_dim = dim if given_dim is None else given_dim
         self.reader: str | None = None
 
     @property
@@ -78,10 +73,6 @@ class Weight:
                 "it, so that no hook would renew what a mask leaves of it: exclude the weight, or prune it "
                 "with permanent=True"
             )
-
-    @property
-    def channels(self) -> int:
-        return self.shape[self.dim]
 
 
 def check_is_eager(module: nn.Module) -> None:
@@ -182,24 +173,12 @@ def _dims(dim: Any, found: list[Found]) -> list[Any]:
             raise ValueError(f"dim: expected a number, 'out' or 'in', got {dim!r}")
         return [dim] * len(found)
     if isinstance(dim, Mapping):
-        return per_weight(dim, [entry.name for entry in found], "dim")
+        return per_name(dim, [entry.name for entry in found], "dim")
     if isinstance(dim, Sequence):
         if len(dim) != len(found):
             raise ValueError(f"dim: expected one per parameter, {len(found)}, got {len(dim)}")
         return list(dim)
     return [dim] * len(found)
-
-
-def per_weight(given: Any, names: Sequence[str], what: str) -> list[Any]:
-    """One value for each name: the same for all, or by name."""
-    if not isinstance(given, Mapping):
-        return [given] * len(names)
-    unknown = [name for name in given if name not in set(names)]
-    missing = [name for name in names if name not in given]
-    if unknown or missing:
-        trouble = f"got one for {unknown[0]!r}" if unknown else f"got none for {missing[0]!r}"
-        raise ValueError(f"{what}: expected one for each of {len(names)} parameters, {trouble}")
-    return [given[name] for name in names]
 
 
 def scores_of(
@@ -240,8 +219,8 @@ def collect(
     dim: Any,
     include: Patterns = None,
     exclude: Patterns = None,
-) -> tuple[list[Weight], list[Tensor]]:
-    """The weights that a call is about, each once, and their current tensors."""
+) -> tuple[list[Weight], list[Tensor], list[int]]:
+    """The weights that a call is about, each once, their current tensors, and their dims as given."""
     readers: dict[int, str] = {}
     if isinstance(parameters, nn.Module):
         modules = named_modules(parameters)
@@ -255,8 +234,9 @@ def collect(
             raise ValueError("expected a module or pairs (module, name), got an empty list")
     weights: list[Weight] = []
     tensors: list[Tensor] = []
+    dims: list[int] = []
     by_place: dict[tuple[int, str], str] = {}
-    by_identity: dict[Any, Weight] = {}
+    by_identity: dict[Any, tuple[Weight, int]] = {}
     asked = [entry for entry in found if entry.like is None]
     given = _dims(dim, asked)
     given += [given[entry.like] for entry in found if entry.like is not None]
@@ -271,15 +251,14 @@ def collect(
             )
         by_place[place] = name
         _check_has_shape(tensor, name)
-        dims = tensor.dim()
-        if dims < 2:
+        if tensor.dim() < 2:
             raise ValueError(
                 f"{name}: structured pruning needs two dims or more, got shape {tuple(tensor.shape)}"
             )
         along = _as_number(word, entry if entry.like is None else found[entry.like])
-        if not -dims <= along < dims:
+        if not -tensor.dim() <= along < tensor.dim():
             raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
-        given_dim, along = along, along % dims
+        given_dim, along = along, along % tensor.dim()
         identity: Any = id(tensor)
         if attribute not in own_parameters(module):
             # Its masked weight is its own, its original may be shared.
@@ -287,22 +266,23 @@ def collect(
                 id(own_parameters(module)[attribute + "_orig"]),
                 id(own_buffers(module)[attribute + "_mask"]),
             )
-        weight = by_identity.get(identity)
+        weight, dim_of_weight = by_identity.get(identity, (None, along))
         if weight is None:
-            weight = Weight([name], tensor.shape, along, [(module, attribute)], given_dim)
-            by_identity[identity] = weight
+            weight = Weight([name], tensor.shape, [(module, attribute)])
+            by_identity[identity] = weight, along
             weights.append(weight)
             tensors.append(tensor)
-        elif weight.dim == along:
+            dims.append(given_dim)
+        elif dim_of_weight == along:
             weight.names.append(name)
             weight.places.append((module, attribute))
         else:
             raise ValueError(
                 f"{name}: shares its weight with {weight.name}, so expected one dim for both, got {along} "
-                f"and {weight.dim}: exclude both, or pass dim={min(along, weight.dim)} for both"
+                f"and {dim_of_weight}: exclude both, or pass dim={min(along, dim_of_weight)} for both"
             )
         _note_reader(weight, module, readers)
-    return weights, tensors
+    return weights, tensors, dims
 
 
 def _note_reader(weight: Weight, module: nn.Module, readers: Mapping[int, str]) -> None:
@@ -345,7 +325,7 @@ def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
     check_shapes(weights, shapes, owner)
     here = []
     for weight in weights:
-        here.append(Weight(weight.names, weight.shape, weight.dim, [places[name] for name in weight.names]))
+        here.append(Weight(weight.names, weight.shape, [places[name] for name in weight.names]))
         for module, _ in here[-1].places:
             _note_reader(here[-1], module, readers)
     return here

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from lnprune import plan_file, report
-from lnprune.application import Application
+from lnprune.application import Application, Slices, Weight
 from lnprune.errors import check_flags, shown
-from lnprune.parameters import Parameters, Weight, placed
-from lnprune.plan_file import PlanEntry
+from lnprune.plan_file import PlanEntry, SavedPlan
 
-if TYPE_CHECKING:
-    from lnprune.selection import Arrangement
+__all__ = ["Details", "Plan", "PlanEntry", "loaded"]
 
-__all__ = ["Plan", "PlanEntry", "load_plan"]
+
+class Details(NamedTuple):
+    """What a plan says of the choice that it holds.
+
+    Attributes:
+        entries: one for each parameter.
+        cut: where a plan with ``scope="global"`` cuts the norms of all parameters, if it does.
+        ranked: of each parameter the norms that were compared, the largest first, and how many of them
+            stay; None where the norms are gone.
+    """
+
+    entries: list[PlanEntry]
+    cut: float | None
+    ranked: list[tuple[Tensor, int]] | None = None
 
 
 class Plan:
@@ -30,84 +41,44 @@ class Plan:
 
     def __init__(
         self,
-        weights: Sequence[Weight],
-        flags: Tensor,  # bool, of the channels of all weights, one after another, on the CPU
         n: Any,
         selection: dict[str, Any],
-        arrangement: Arrangement | None = None,
-        entries: list[PlanEntry] | None = None,
-        cut: float | None = None,
+        names: Sequence[Sequence[str]],  # all of each parameter
+        flags: Sequence[Tensor],  # bool, of the channels of each parameter, on the CPU
+        details: Callable[[], Details],  # asked once, when they are wanted
+        slices: Callable[[], Sequence[Slices]],  # what the flags prune of the model's weights
     ):
         self.n = n
         self.selection = selection
-        self._weights = weights
+        self._names = names
         self._flags = flags
-        self._arrangement = arrangement
-        self._entries = entries
-        self._saved_cut = cut
+        self._make_details = details
+        self._slices = slices
         self._application: Application | None = None
 
-    @property
-    def _cut(self) -> float | None:
-        """Where a plan with ``scope="global"`` cuts the norms of all parameters."""
-        if self._arrangement is None or self.selection["scope"] != "global":
-            return self._saved_cut
-        return self._arrangement.cut(self._flags)
-
-    def _split(self) -> Sequence[Tensor]:
-        """The flags of each weight, as views."""
-        return self._flags.split([weight.channels for weight in self._weights])
+    @functools.cached_property
+    def _details(self) -> Details:
+        return self._make_details()
 
     @property
     def entries(self) -> list[PlanEntry]:
         """One :class:`PlanEntry` per parameter, in order."""
-        if self._entries is None:
-            rows = zip(self._weights, self._split(), self._ranked(), strict=True)
-            self._entries = [self._entry(*row) for row in rows]
-        return self._entries
-
-    def _ranked(self) -> list[Tensor]:
-        """For each weight the norms of the groups that are left, as they were compared, largest first."""
-        arrangement = self._arrangement
-        assert arrangement is not None, "a plan without norms has entries"
-        norms = list(arrangement.scores.split(arrangement.groups))
-        if arrangement.alive is not None:
-            alive = arrangement.alive.split(arrangement.groups)
-            norms = [each[left] for each, left in zip(norms, alive, strict=True)]
-        return [torch.sort(each, descending=True).values for each in norms]
-
-    def _entry(self, weight: Weight, keep: Tensor, ranked: Tensor) -> PlanEntry:
-        size = self.selection["group_size"]
-        kept = int(keep[::size].sum())
-        left = ranked.numel()
-        channels = weight.channels
-        elements = math.prod(weight.shape) // channels if channels else 0
-        return PlanEntry(
-            weight.name,
-            weight.shape,
-            weight.dim,
-            channels,
-            kept * size,
-            float(ranked[kept - 1]) if kept else None,
-            float(ranked[kept - 1] - ranked[kept]) if 0 < kept < left else None,
-            (left - kept) * size * elements,
-        )
+        return self._details.entries
 
     @property
     def keep(self) -> dict[str, Tensor]:
         """Bool keep flags by the name of the parameter, shape ``(channels,)``, on the CPU. Copies."""
-        rows = zip(self._weights, self._split(), strict=True)
-        return {weight.name: keep.clone() for weight, keep in rows}
+        return {names[0]: keep.clone() for names, keep in zip(self._names, self._flags, strict=True)}
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._names)
 
     def __repr__(self) -> str:
-        kept, channels = int(self._flags.sum()), self._flags.numel()
+        kept, channels = sum(int(keep.sum()) for keep in self._flags), sum(map(len, self._flags))
         return f"Plan({len(self)} parameters, {kept} of {channels} channels kept)"
 
     def __str__(self) -> str:
-        return report.table(self.n, self.selection, self.entries, self._cut)
+        return report.table(self.n, self.selection, self.entries, self._details.cut)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the norms of each layer by rank with the cut, and the share of each layer that stays.
@@ -122,12 +93,10 @@ class Plan:
             ImportError: matplotlib is not installed.
             RuntimeError: the plan was loaded from a file, which has no norms.
         """
-        if self._arrangement is None:
+        entries, cut, ranked = self._details
+        if ranked is None:
             raise RuntimeError("plot needs the norms of a ranking, which a plan from a file does not have")
-        size = self.selection["group_size"]
-        kept = [int(keep.sum()) // size for keep in self._split()]
-        ranked = list(zip(self._ranked(), kept, strict=True))
-        report.plot(self.n, self.selection, self.entries, ranked, self._cut, path)
+        report.plot(self.n, self.selection, entries, ranked, cut, path)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as numbers, strings, lists and dicts, as :meth:`save` writes it.
@@ -135,9 +104,9 @@ class Plan:
         ``pruned`` are the indices of all channels that are not kept, those pruned before among them;
         ``shared_with`` are the weight's other names.
         """
-        names = [weight.names for weight in self._weights]
-        pruned = [(~keep).nonzero().flatten().tolist() for keep in self._split()]
-        return plan_file.document(self.n, self.selection, self.entries, names, pruned, self._cut)
+        names = [list(names) for names in self._names]
+        pruned = [(~keep).nonzero().flatten().tolist() for keep in self._flags]
+        return plan_file.document(self.n, self.selection, self.entries, names, pruned, self._details.cut)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
@@ -196,7 +165,7 @@ class Plan:
             )
         if self._application is not None:
             raise RuntimeError("this plan is applied already: undo() it first, or select another")
-        self._application = Application(self._weights, self._split(), self.n, permanent, bias, keep_backup)
+        self._application = Application(self._slices(), self.n, permanent, bias, keep_backup)
         return self
 
     def undo(self) -> Plan:
@@ -220,42 +189,13 @@ class Plan:
         return self
 
 
-def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
-    """Reads a plan that :meth:`Plan.save` wrote, for a model with the same parameters.
-
-    Args:
-        path: the file.
-        parameters: the model, wrapped (compiled, parallel, averaged) or not, or pairs ``(module, name)`` in
-            the order in which they were ranked.
-
-    Returns:
-        the :class:`Plan`, without norms.
-
-    Raises:
-        ValueError: the file holds no plan, or one of a newer version, or one for another model: a
-            parameter is missing or has another shape.
-
-    Example:
-        >>> import lnprune, pathlib, tempfile
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "plan.json"
-        >>> lnprune.rank(model, n=2, dim="out").select(0.5).save(path)
-        >>> lnprune.load_plan(path, model).apply()
-        Plan(1 parameters, 2 of 4 channels kept)
-    """
-    plan = _read(path)
-    plan._weights = placed(plan._weights, parameters)
-    return plan
-
-
-def _read(path: str | os.PathLike[str]) -> Plan:
-    """The plan of a file, for no model yet."""
-    saved = plan_file.read(path)
-    weights, keep = [], [torch.empty(0, dtype=torch.bool, device="cpu")]
-    for entry, names, pruned in zip(saved.entries, saved.names, saved.pruned, strict=True):
-        weights.append(Weight(names, entry.shape, entry.dim))
-        flags = torch.ones(entry.channels, dtype=torch.bool, device="cpu")
-        flags[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
-        keep.append(flags)
-    return Plan(weights, torch.cat(keep), saved.n, saved.selection, None, saved.entries, saved.cut)
+def loaded(saved: SavedPlan, weights: Sequence[Weight]) -> Plan:
+    """The plan of a file, for weights of its names."""
+    flags, slices = [], []
+    for entry, pruned, weight in zip(saved.entries, saved.pruned, weights, strict=True):
+        keep = torch.ones(entry.channels, dtype=torch.bool, device="cpu")
+        keep[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
+        flags.append(keep)
+        slices.append(Slices(weight, entry.dim, keep))
+    details = Details(saved.entries, saved.cut)
+    return Plan(saved.n, saved.selection, saved.names, flags, lambda: details, lambda: slices)

@@ -1,122 +1,63 @@
-"""rank: the norms of every channel of a model, measured once, and any number of selections from them."""
+"""Ranking: the norms of every channel of many rows, and any number of selections from them."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lnprune import reference
+from lnprune.errors import per_name
 from lnprune.flags import Amount
 from lnprune.local import is_wrapper, on_cpu
-from lnprune.masks import masked
-from lnprune.norms import Order, channel_norms, native_order, nonzero_counts, zero_norms_are_zeros
-from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, per_weight, scores_of
-from lnprune.plan import Plan
+from lnprune.norms import native_order, zero_norms_are_zeros
+from lnprune.plan import Details, Plan, PlanEntry
+from lnprune.rows import Row, Weight, flags_of_weights, row_counts, row_norms
 from lnprune.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
-from lnprune.torch_internals import (
-    own_buffers,
-    own_parameters,
-)
 
-__all__ = ["Ranking", "rank"]
+__all__ = ["Ranking", "measure"]
 
 _TOO_MANY = 2**31  # channels: products of two such numbers fit 64 bits
 
 
-def rank(
-    parameters: Parameters,
-    n: Order,
-    dim: Dim,
-    importance_scores: Mapping[Any, Tensor] | None = None,
-    *,
-    include: Patterns = None,
-    exclude: Patterns = None,
+def measure(
+    rows: Sequence[Row],
+    n: Any,
+    tensors: Mapping[Weight, Tensor],
+    scores: Mapping[Weight, Tensor] | None = None,
+    masks: Mapping[Weight, Tensor] | None = None,
 ) -> Ranking:
-    """Measures the L\\ ``n`` norm of every channel of many parameters, in one native call per device.
-
-    No weight is changed, and none is read again by the selections that follow. A weight that modules
-    share is measured once. Of a pruned parameter the product of mask and original is measured, as they are
-    now, whatever the last forward left in the attribute. Channels that are gone take no part in what is
-    selected: those that a mask empties, and those whose elements are all zero, whoever zeroed them.
+    """Measures the channels of rows.
 
     Args:
-        parameters: pairs ``(module, name)``, as in torch's ``global_unstructured``; they are called
-            ``"0.weight"``, ``"1.weight"``, ... Or a module: then the weights of every Linear, convolution,
-            transposed convolution, Embedding, MultiheadAttention and Conv1D of transformers in it. Their
-            names are those of the bare model, without what wrappers (compiled, parallel, averaged) add.
-        n: the order of the norm, as for :func:`ln_structured`.
-        dim: the dim of the channels: one number; ``"out"`` or ``"in"``, which is the right one for each
-            type of module; or one per parameter, as a sequence or as a mapping by name.
-        importance_scores: tensors to rank in place of some of the weights, by ``(module, name)`` or by
-            the parameter's name, each of its parameter's shape.
-        include: of a module, the weights to take: patterns as in :mod:`fnmatch` for the name of the
-            parameter or of its module, and types of modules. A pattern that matches none of the weights
-            above is looked for among all parameters of two dims or more, and a type beyond the ones above
-            stands for all of these in its modules. A mapping also teaches what ``dim="out"`` and ``"in"``
-            mean, as in ``include={MyLinear: {"out": 0, "in": 1}, nn.Linear: None}``.
-        exclude: patterns and types of weights not to take. A weight that modules share is taken under all
-            of its names or, where one of them is excluded, under none.
-
-    Returns:
-        a :class:`Ranking`. Its norms stay on the devices of the weights until the first selection.
-
-    Raises:
-        AttributeError: a module has no such parameter.
-        ValueError: there is nothing to rank; a parameter is given twice, has fewer than two dims or no
-            shape yet, shares its weight with one that has another ``dim``; a pattern matches nothing;
-            scores have another shape.
-        IndexError: ``dim`` is out of range.
-        TypeError: ``parameters`` holds something else; a parameter is parametrized.
-        RuntimeError: ``n`` is no order of a norm; or inside :func:`reference_ranking`, since a ranking
-            across layers has no counterpart in torch.
-
-    Example:
-        >>> import lnprune
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
-        >>> ranking = lnprune.rank(model, n=2, dim="out")
-        >>> {name: tuple(norms.shape) for name, norms in ranking.norms.items()}
-        {'0.weight': (8,), '1.weight': (4,)}
+        rows: what is ranked.
+        n: the order of the norms.
+        tensors: the values of each weight as they are, wherever it lives.
+        scores: what is ranked in their place; None: the values.
+        masks: those of weights that have one.
     """
-    if reference.ranks_like_torch():
-        raise RuntimeError(
-            "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
-            "ln_structured or local_structured, or rank outside of it"
-        )
-    weights, tensors = collect(parameters, dim, include, exclude)
-    dims = [weight.dim for weight in weights]
-    names = [weight.name for weight in weights]
-    masks: dict[int, Tensor] = {}
-    for i, weight in enumerate(weights):
-        module, attribute = weight.places[0]
-        if attribute not in own_parameters(module):
-            mask = own_buffers(module)[attribute + "_mask"]
-            original = own_parameters(module)[attribute + "_orig"]
-            masks[i] = mask  # type: ignore[assignment]
-            with torch.no_grad():
-                tensors[i] = masked(mask, original)  # type: ignore[arg-type]
-    scores = scores_of(weights, tensors, importance_scores)
-    norms = channel_norms(scores, n, dims, names)
-    say_zeros = {dtype: zero_norms_are_zeros(dtype, n) for dtype in {tensor.dtype for tensor in tensors}}
-    counted = [
-        i
-        for i, (tensor, score) in enumerate(zip(tensors, scores, strict=True))
-        if score is not tensor or not say_zeros[tensor.dtype]
-    ]
-    counts = nonzero_counts(
-        [*masks.values(), *(tensors[i].detach() for i in counted)], [dims[i] for i in (*masks, *counted)]
-    )
-    mask_counts, element_counts = counts[: len(masks)], counts[len(masks) :]
+    scores, masks = tensors if scores is None else scores, masks or {}
+    norms = row_norms(rows, scores, n)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    say_zeros = {dtype: zero_norms_are_zeros(dtype, n) for dtype in dtypes}
+    masked, counted = [], []
+    for i, row in enumerate(rows):
+        weights = [member.weight for member in row.members]
+        if masks and all(weight in masks for weight in weights):
+            masked.append(i)
+        for weight in weights:
+            if scores[weight] is not tensors[weight] or not say_zeros[tensors[weight].dtype]:
+                counted.append(i)
+                break
+    mask_counts = row_counts([rows[i] for i in masked], masks) if masked else []
+    element_counts = row_counts([rows[i] for i in counted], tensors) if counted else []
     return Ranking(
-        weights,
+        rows,
         n,
         norms,
-        dict(zip(masks, mask_counts, strict=True)),
+        dict(zip(masked, mask_counts, strict=True)),
         dict(zip(counted, element_counts, strict=True)),
     )
 
@@ -126,15 +67,15 @@ class Ranking:
 
     def __init__(
         self,
-        weights: Sequence[Weight],
+        rows: Sequence[Row],
         n: Any,
-        norms: Sequence[Tensor],  # float64, of the channels of each weight
-        mask_counts: Mapping[int, Tensor] | None = None,  # of pruned weights: nonzero mask elements
-        # Of weights whose norms are 0 for other channels than those of zeros: nonzero elements.
+        norms: Sequence[Tensor],  # float64, of the channels of each row
+        mask_counts: Mapping[int, Tensor] | None = None,  # of masked rows: nonzero mask elements
+        # Of rows whose norms are 0 for other channels than those of zeros: nonzero elements.
         element_counts: Mapping[int, Tensor] | None = None,
     ):
         self.n = n
-        self._weights = weights
+        self._rows = rows
         self._norms = norms
         self._mask_counts = mask_counts or {}
         self._element_counts = element_counts or {}
@@ -143,7 +84,7 @@ class Ranking:
     @property
     def names(self) -> list[str]:
         """The names of the parameters, in order."""
-        return [weight.name for weight in self._weights]
+        return [row.name for row in self._rows]
 
     @property
     def norms(self) -> dict[str, Tensor]:
@@ -151,7 +92,7 @@ class Ranking:
         return dict(zip(self.names, self._norms, strict=True))
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._rows)
 
     def __repr__(self) -> str:
         channels = sum(norms.numel() for norms in self._norms)
@@ -159,19 +100,16 @@ class Ranking:
 
     @functools.cached_property
     def _layers(self) -> Layers:
-        for weight, norms in zip(self._weights, self._norms, strict=True):
+        for row, norms in zip(self._rows, self._norms, strict=True):
             if norms.is_meta:
-                raise ValueError(f"{weight.name}: is on the device meta, where norms have no values")
+                raise ValueError(f"{row.name}: is on the device meta, where norms have no values")
             if is_wrapper(norms):
                 raise RuntimeError(
-                    f"{weight.name}: expected norms that hold their own values, to select by, got a "
+                    f"{row.name}: expected norms that hold their own values, to select by, got a "
                     f"{type(norms).__name__}: prune with ln_structured or local_structured"
                 )
         channels = [norms.numel() for norms in self._norms]
-        sizes = [
-            math.prod(weight.shape) // count if count else 0
-            for weight, count in zip(self._weights, channels, strict=True)
-        ]
+        sizes = [row.size for row in self._rows]
         norms = on_cpu(self._norms, torch.float64)
         unmasked = None
         if self._mask_counts:
@@ -274,9 +212,45 @@ class Ranking:
             arrangement = Arrangement(self._layers, key[0], group_size, multiple_of, min_channels)
             self._arrangements[key] = arrangement
         if scope == "local":
-            flags = arrangement.select_local(per_weight(amount, self.names, "amount"), of)
+            flags = arrangement.select_local(per_name(amount, self.names, "amount"), of)
         elif isinstance(amount, Mapping):
             raise TypeError("amount: expected one number for scope='global', got one per parameter")
         else:
             flags = arrangement.select_global(amount, of)
-        return Plan(self._weights, flags, self.n, {"amount": amount, **options}, arrangement)
+        selection = {"amount": amount, **options}
+        keep = flags.split(self._layers.channels)
+        return Plan(
+            self.n,
+            selection,
+            [row.names for row in self._rows],
+            keep,
+            functools.partial(_details, self._rows, arrangement, flags, selection),
+            functools.partial(flags_of_weights, self._rows, keep),
+        )
+
+
+def _details(
+    rows: Sequence[Row], arrangement: Arrangement, flags: Tensor, selection: Mapping[str, Any]
+) -> Details:
+    """What a plan says of the choice of an arrangement."""
+    size = selection["group_size"]
+    keep = flags.split(arrangement.layers.channels)
+    kept = [int(each[::size].sum()) for each in keep]
+    ranked = list(zip(arrangement.ranked(), kept, strict=True))
+    entries = [_entry(row, *each, size) for row, each in zip(rows, ranked, strict=True)]
+    return Details(entries, arrangement.cut(flags) if selection["scope"] == "global" else None, ranked)
+
+
+def _entry(row: Row, norms: Tensor, kept: int, group_size: int) -> PlanEntry:
+    """What becomes of a row when so many of its groups stay; ``norms`` are those of the groups, by rank."""
+    left = norms.numel()
+    return PlanEntry(
+        row.name,
+        row.shape,
+        row.dim,
+        row.channels,
+        kept * group_size,
+        float(norms[kept - 1]) if kept else None,
+        float(norms[kept - 1] - norms[kept]) if 0 < kept < left else None,
+        (left - kept) * group_size * row.size,
+    )

@@ -125,7 +125,7 @@ def norms_of_sums(sums: Tensor, n: Any) -> Tensor:
 
 
 def _real_order(n: Any) -> float:
-    if isinstance(n, str) and n == "fro":
+    if n is None or (isinstance(n, str) and n == "fro"):
         return 2.0
     if isinstance(n, str) or math.isnan(n):
         raise ValueError(f"lnprune: expected a real order or 'fro' for the sums of a norm, got {n!r}")

@@ -248,6 +248,14 @@ class Arrangement:
             length -= 1
         return self._channels(self._required.clone().index_fill_(0, self._ranking[:length].flatten(), True))
 
+    def ranked(self) -> list[Tensor]:
+        """For each layer the scores of the groups that are not gone, largest first."""
+        scores = list(self.scores.split(self.groups))
+        if self.alive is not None:
+            alive = self.alive.split(self.groups)
+            scores = [each[left] for each, left in zip(scores, alive, strict=True)]
+        return [torch.sort(each, descending=True).values for each in scores]
+
     def cut(self, flags: Tensor) -> float | None:
         """Where a global choice cuts all layers: the smallest score of a block that stays.
 

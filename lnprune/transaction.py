@@ -68,9 +68,9 @@ class Transaction:
         if id(module) not in self._snapshots:
             self._snapshots[id(module)] = Snapshot(module)
 
-    def note(self, tensor: Tensor, dim: int, channels: Tensor | None = None, copied: bool = True) -> None:
+    def note(self, *values: Any, **options: Any) -> None:
         """To be called before values are overwritten; the arguments are those of :class:`Values`."""
-        self.values.append(Values(tensor, dim, channels, copied))
+        self.values.append(Values(*values, **options))
 
     def __enter__(self) -> Transaction:
         return self
@@ -90,27 +90,39 @@ class Values:
     going to get new memory, so that its old memory, which keeps the values, only has to be remembered.
     """
 
-    def __init__(self, tensor: Tensor, dim: int, channels: Tensor | None = None, copied: bool = True):
-        self.tensor, self.dim, self.channels, self.copied = tensor, dim, channels, copied
+    def __init__(
+        self,
+        tensor: Tensor,
+        dim: int,
+        channels: Tensor | None = None,
+        copied: bool = True,
+        part: tuple[int, int, int] | None = None,  # the arguments of narrow(); None: all of it
+    ):
+        self.tensor, self.dim, self.channels = tensor, dim, channels
+        self.copied, self.part = copied, part
         self.data = tensor.data  # the memory of the values
-        self.saved = self.part()
+        self.saved = self.now()
         if channels is None and copied:
             self.saved = self.saved.clone()
 
-    def part(self) -> Tensor:
-        """The bits that the tensor has now, where the values were."""
+    def _whole(self) -> Tensor:
         whole = bits(self.tensor.data)
+        return whole if self.part is None else whole.narrow(*self.part)
+
+    def now(self) -> Tensor:
+        """The bits that the tensor has now, where the values were."""
+        whole = self._whole()
         if self.channels is None:
             return whole
         return whole.index_select(self.dim, self.channels.to(whole.device))
 
-    def write(self, part: Tensor) -> None:
+    def write(self, values: Tensor) -> None:
         """Overwrites them with other bits, of the dtype that the tensor has now."""
-        whole = bits(self.tensor.data)
+        whole = self._whole()
         if self.channels is None:
-            whole.copy_(part)
+            whole.copy_(values)
         else:
-            whole.index_copy_(self.dim, self.channels.to(whole.device), part)
+            whole.index_copy_(self.dim, self.channels.to(whole.device), values)
         increment_version(self.tensor)
 
     def restore(self) -> None:

@@ -17,8 +17,8 @@ from torch.nn.utils import prune as stock
 
 import lnprune
 from lnprune import report
-from lnprune.parameters import Weight
 from lnprune.ranking import Ranking
+from lnprune.rows import Member, Row, Weight
 
 
 def rows(*norms, size=1):
@@ -812,14 +812,15 @@ def test_entries_of_later_versions_may_have_more_fields(tmp_path):
 # ---------------------------------------------------------------------------------- without a model
 
 
-def weights_of_a_file():
+def rows_of_a_file():
     """Names, shapes and dims, as of tensors in a file."""
-    return [Weight(["first"], (4, 3), 0), Weight(["second", "its other name"], (2, 4, 5), 1)]
+    first, second = Weight(["first"], (4, 3)), Weight(["second", "its other name"], (2, 4, 5))
+    return [Row("first", 4, [Member(first, 0)]), Row("second", 4, [Member(second, 1)])]
 
 
 def test_a_ranking_and_its_plan_need_no_model(tmp_path):
     norms = [torch.tensor([3.0, 1.0, 4.0, 2.0]).double(), torch.tensor([1.0, 9.0, 2.0, 5.0]).double()]
-    ranking = Ranking(weights_of_a_file(), 2, norms)
+    ranking = Ranking(rows_of_a_file(), 2, norms)
     assert {name: values.tolist() for name, values in ranking.norms.items()} == {
         "first": norms[0].tolist(),
         "second": norms[1].tolist(),
@@ -843,12 +844,12 @@ def test_a_ranking_and_its_plan_need_no_model(tmp_path):
 
 def test_channels_pruned_before_take_no_part_without_a_model():
     norms = [torch.tensor([3.0, 1.0, 4.0, 2.0]).double(), torch.ones(4).double()]
-    ranking = Ranking(weights_of_a_file(), 2, norms, {0: torch.tensor([3.0, 0.0, 3.0, 3.0])})
+    ranking = Ranking(rows_of_a_file(), 2, norms, {0: torch.tensor([3.0, 0.0, 3.0, 3.0])})
     assert ranking.select({"first": 1, "second": 0}).keep["first"].tolist() == [True, False, True, False]
 
 
 def test_a_plan_without_a_model_is_not_applied():
-    plan = Ranking(weights_of_a_file(), 2, [torch.ones(4).double()] * 2).select(1)
+    plan = Ranking(rows_of_a_file(), 2, [torch.ones(4).double()] * 2).select(1)
     for options in ({}, {"permanent": True}):
         with pytest.raises(RuntimeError, match=r"^first: the plan was made without a model"):
             plan.apply(**options)

@@ -1,0 +1,146 @@
+"""What one row of a selection is made of; rows to norms, and flags of rows to flags of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lnprune.application import Part, Slices, Weight
+from lnprune.local import on_cpu
+from lnprune.norms import channel_norms, channel_sums, countable, native_order, norms_of_sums
+
+__all__ = ["Member", "Part", "Row", "Weight", "flags_of_weights", "row_counts", "row_norms"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Slices of a weight along a dim, or of a part of it, and the channels that they belong to.
+
+    Attributes:
+        weight: the weight, wherever it lives.
+        dim: the dim of the slices, counted from the first.
+        index: the channel of each slice, int64 of shape ``(slices,)``; None: that of its number.
+        part: the part of the weight that counts, as one expert of many; None: all of it.
+    """
+
+    weight: Weight
+    dim: int
+    index: Tensor | None = None
+    part: Part | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The member's part of a tensor of the weight's shape; a view."""
+        return tensor if self.part is None else tensor.narrow(*self.part)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the member's part of the weight."""
+        shape = list(self.weight.shape)
+        if self.part is not None:
+            shape[self.part.dim] = self.part.length
+        return tuple(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Channels that are ranked together: those of a weight, of a part of one, or of several weights.
+
+    A channel of a row with several members is all the slices that belong to it: they have one norm, and
+    are kept or pruned together.
+
+    Attributes:
+        name: what messages, tables and files call it.
+        channels: how many it has.
+        members: what a channel consists of; at least one.
+    """
+
+    name: str
+    channels: int
+    members: Sequence[Member]
+
+    @property
+    def is_single(self) -> bool:
+        """Whether a channel is one slice of one member."""
+        return len(self.members) == 1 and self.members[0].index is None
+
+    @property
+    def names(self) -> list[str]:
+        """Its name, and, where it is one whole weight, the other names of that."""
+        whole = self.is_single and self.members[0].part is None
+        return [self.name, *(self.members[0].weight.names[1:] if whole else ())]
+
+    @property
+    def size(self) -> int:
+        """The elements of a channel."""
+        return sum(math.prod(member.shape) for member in self.members) // max(1, self.channels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of its one member; several members are a matrix of one row for each channel."""
+        return self.members[0].shape if self.is_single else (self.channels, self.size)
+
+    @property
+    def dim(self) -> int:
+        """Where the channels are in :attr:`shape`."""
+        return self.members[0].dim if self.is_single else 0
+
+
+def row_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> list[Tensor]:
+    """The norms of the channels of rows, float64, from tensors of the shapes of their weights.
+
+    A channel of several slices has the norm of all their elements together. For that the slices' sums
+    before the root are added on the CPU, in the order of the members, so that equal channels tie.
+    """
+    single = [(row, row.members[0]) for row in rows if row.is_single]
+    views = [member.of(tensors[member.weight]) for _, member in single]
+    names = [row.name for row, _ in single]
+    found = iter(channel_norms(views, n, [member.dim for _, member in single], names))
+    joined = [row for row in rows if not row.is_single]
+    together = iter(_joint_norms(joined, tensors, n) if joined else ())
+    return [next(found if row.is_single else together) for row in rows]
+
+
+def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> list[Tensor]:
+    members = [(row.name, member) for row in rows for member in row.members]
+    views = [member.of(tensors[member.weight]) for _, member in members]
+    sums = channel_sums(views, n, [member.dim for _, member in members], [name for name, _ in members])
+    parts = iter(on_cpu(sums, torch.float64).split([each.numel() for each in sums]))
+    p = native_order(n)
+    joined = []
+    for row in rows:
+        whole = torch.full(
+            (row.channels,), math.inf if p == -math.inf else 0.0, dtype=torch.float64, device="cpu"
+        )
+        for member in row.members:
+            part = next(parts)
+            index = torch.arange(row.channels, device="cpu") if member.index is None else member.index.cpu()
+            if p is not None and math.isinf(p):
+                whole.scatter_reduce_(0, index, part, "amax" if p > 0 else "amin")
+            else:
+                whole.index_add_(0, index, part)
+        joined.append(whole)
+    return norms_of_sums(joined, n)
+
+
+def row_counts(rows: Sequence[Row], tensors: Mapping[Weight, Tensor]) -> list[Tensor]:
+    """How many elements of each channel are not zero, of tensors of any dtype and any number of dims."""
+    weights = {member.weight for row in rows for member in row.members}
+    return row_norms(rows, {weight: countable(tensors[weight]) for weight in weights}, 0)
+
+
+def flags_of_weights(rows: Sequence[Row], flags: Sequence[Tensor]) -> list[Slices]:
+    """What keep flags of rows mean for their weights; slices that several rows prune are there once."""
+    found: dict[Any, Slices] = {}
+    for row, keep in zip(rows, flags, strict=True):
+        for member in row.members:
+            key = member.weight, member.dim, member.part
+            mine = keep if member.index is None else keep[member.index.cpu()]
+            if key in found:
+                mine = mine & found[key].keep
+            found[key] = Slices(member.weight, member.dim, mine, member.part)
+    return list(found.values())
