@@ -17,7 +17,7 @@ from lnprune.layer_types import bias_part, known_weights
 from lnprune.local import held_here
 from lnprune.norms import nonzero_counts
 from lnprune.parameters import Weight, current_tensor
-from lnprune.registration import ParameterState, Pruning, unregister
+from lnprune.registration import ParameterState, Part, Pruning, Target, unregister
 from lnprune.torch_internals import (
     own_parameters,
 )
@@ -35,14 +35,6 @@ __all__ = [
 ]
 
 
-class Part(NamedTuple):
-    """A part of a tensor: so many of its indices along a dim, from the first of them on."""
-
-    dim: int
-    start: int
-    length: int
-
-
 class Slices(NamedTuple):
     """Slices of a weight, or of a part of it, along a dim, with a flag for each of them that stays."""
 
@@ -52,19 +44,6 @@ class Slices(NamedTuple):
     part: Part | None = None
 
 
-class Target(NamedTuple):
-    """One place of a weight, and which channels to prune: an amount of those left, by rank, or by flags."""
-
-    name: str  # for messages
-    module: nn.Module
-    attribute: str
-    dim: int  # as it was given: the hook holds it
-    amount: Any = None
-    keep: Tensor | None = None  # bool flags; targets of one weight with the same flags share a mask
-    scores: Tensor | None = None  # None: the weight is ranked
-    part: Part | None = None  # None: all of the weight; no mask can be of less
-
-
 def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list[Pruning]:
     """Gives every target its mask and its hook, as ``BasePruningMethod.apply`` does."""
     prunings: list[Pruning] = []
@@ -72,7 +51,7 @@ def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list
         for target in targets:
             about.name = target[0]
             transaction.touch(target[1])
-            prunings.append(Pruning(*target[:7], n))
+            prunings.append(Pruning(target, n))
         requests = [pruning.request for pruning in prunings]
         if len(requests) > 1:
             _write_shared(requests, n, about)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from lnprune import plan_file, reference
-from lnprune.application import Target, install, prune_in_place, unmask
+from lnprune.application import install, prune_in_place, unmask
 from lnprune.errors import check_flags, per_name
 from lnprune.flags import Amount
 from lnprune.in_place import write_in_place
@@ -20,6 +20,7 @@ from lnprune.norms import Order
 from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, placed, scores_of
 from lnprune.plan import Plan, loaded
 from lnprune.ranking import Ranking, measure
+from lnprune.registration import Target
 from lnprune.rows import Member, Row
 from lnprune.selection import Normalize, Of
 from lnprune.torch_internals import own_buffers, own_parameters, own_pre_hooks, pruned_name

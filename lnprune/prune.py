@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune import masks, norms
-from lnprune.application import Target, install
+from lnprune.application import install
 from lnprune.finding import parameter_of
 from lnprune.flags import Amount, keep_flags, pruned_count
 from lnprune.norms import Order
-from lnprune.registration import check_not_in_inference_mode
+from lnprune.registration import Target, check_not_in_inference_mode
 from lnprune.torch_internals import (
     validate_pruning_amount_init,
     validate_pruning_dim,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lnprune.torch_internals import (
     set_pruning_methods,
 )
 
-__all__ = ["ParameterState", "Pruning", "check_not_in_inference_mode", "unregister"]
+__all__ = ["ParameterState", "Part", "Pruning", "Target", "check_not_in_inference_mode", "unregister"]
 
 
 def check_not_in_inference_mode(parameter: Tensor | None) -> None:
@@ -96,23 +96,35 @@ def _is_free(module: nn.Module, attribute: str) -> bool:
     )
 
 
+class Part(NamedTuple):
+    """A part of a tensor: so many of its indices along a dim, from the first of them on."""
+
+    dim: int
+    start: int
+    length: int
+
+
+class Target(NamedTuple):
+    """One place of a weight, and which channels to prune: an amount of those left, by rank, or by flags."""
+
+    name: str  # for messages
+    module: nn.Module
+    attribute: str
+    dim: int  # as it was given: the hook holds it
+    amount: Any = None
+    keep: Tensor | None = None  # bool flags; targets of one weight with the same flags share a mask
+    scores: Tensor | None = None  # None: the weight is ranked
+    part: Part | None = None  # None: all of the weight; no mask can be of less
+
+
 class Pruning:
     """One parameter being pruned: detached from its old hook, not yet with its new mask."""
 
     request: Request  # what is to be pruned; the mask and the masked weight come into it
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        attribute: str,
-        dim: int,
-        amount: Any,
-        keep: Tensor | None,
-        importance_scores: Tensor | None,
-        n: Any,
-    ):
+    def __init__(self, target: Target, n: Any):
         """The first half of ``BasePruningMethod.apply``: its steps, and so its errors, in its order."""
+        name, module, attribute, dim, amount, keep, importance_scores, _ = target
         self.module, self.attribute = module, attribute
         if torch.is_inference_mode_enabled():
             check_not_in_inference_mode(parameter_of(module, attribute))
