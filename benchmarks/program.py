@@ -19,7 +19,7 @@ import torch
 from benchmarks import report
 from benchmarks.report import Row, Verdict
 from benchmarks.timing import STEADY_ROUNDS, STEADY_SHARE, Peer, batch, page_faults, settle
-from lnprune.report import save_figure
+from lnprune.plans.report import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

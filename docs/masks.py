@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import lnprune
-from lnprune.report import save_figure
+from lnprune.plans.report import save_figure
 
 AMOUNT = 0.5
 OUTPUTS, INPUTS = 6, 10

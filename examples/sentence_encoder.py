@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 import lnprune
-from lnprune.report import save_figure
+from lnprune.plans.report import save_figure
 
 try:
     import matplotlib

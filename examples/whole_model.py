@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lnprune
-from lnprune.report import save_figure
+from lnprune.plans.report import save_figure
 
 try:
     import matplotlib

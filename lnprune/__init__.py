@@ -23,14 +23,16 @@ from torch.nn.utils.prune import (
     remove,
 )
 
-from lnprune import ops, reference
 from lnprune.masked_models import load_masked, renew_masked
 from lnprune.model import global_structured, load_plan, local_structured, rank, remove_all
 from lnprune.patching import patch
-from lnprune.plan import Plan, PlanEntry
+from lnprune.plans.plan import Plan
+from lnprune.plans.plan_file import PlanEntry
+from lnprune.plans.ranking import Ranking
 from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
-from lnprune.ranking import Ranking
-from lnprune.reference import reference_ranking
+from lnprune.steps import fake_ops as _fake_ops  # noqa: F401  # torch finds them by the ops' names
+from lnprune.steps import ops, reference
+from lnprune.steps.reference import reference_ranking
 
 __version__ = "0.1.0"
 

@@ -9,8 +9,6 @@ import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
-__all__ = ["replacing"]
-
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:

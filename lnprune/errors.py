@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["check_flags", "named", "per_name", "shown"]
-
 
 class named:
     """Inside, an error about one of many things says its name first. The block may change the name.

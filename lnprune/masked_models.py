@@ -10,16 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from lnprune.errors import check_flags, shown
-from lnprune.registration import check_not_in_inference_mode
-from lnprune.torch_internals import (
-    own_buffers,
-    own_parameters,
-    own_pre_hooks,
-    pruned_name,
-)
-from lnprune.transaction import Transaction
-
-__all__ = ["load_masked", "renew_masked"]
+from lnprune.modules.registration import check_not_in_inference_mode
+from lnprune.modules.transaction import Transaction
+from lnprune.torch_internals import own_buffers, own_parameters, own_pre_hooks, pruned_name
 
 
 def load_masked(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True) -> Any:

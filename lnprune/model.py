@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
-from lnprune import plan_file, reference
-from lnprune.application import install, prune_in_place, unmask
 from lnprune.errors import check_flags, per_name
-from lnprune.flags import Amount
-from lnprune.in_place import write_in_place
-from lnprune.masks import masked
-from lnprune.norms import Order
-from lnprune.parameters import Dim, Parameters, Patterns, Weight, collect, placed, scores_of
-from lnprune.plan import Plan, loaded
-from lnprune.ranking import Ranking, measure
-from lnprune.registration import Target
-from lnprune.rows import Member, Row
-from lnprune.selection import Normalize, Of
+from lnprune.modules.application import install, prune_in_place, unmask
+from lnprune.modules.finding import Patterns
+from lnprune.modules.parameters import Dim, Parameters, Weight, collect, placed, scores_of
+from lnprune.modules.registration import Target
+from lnprune.modules.transaction import Transaction
+from lnprune.plans import plan_file
+from lnprune.plans.plan import Plan, loaded
+from lnprune.plans.ranking import Ranking, measure
+from lnprune.plans.rows import Member, Row
+from lnprune.plans.selection import Normalize, Of
+from lnprune.steps import reference
+from lnprune.steps.flags import Amount
+from lnprune.steps.in_place import write_in_place
+from lnprune.steps.masks import masked
+from lnprune.steps.norms import Order
 from lnprune.torch_internals import own_buffers, own_parameters, own_pre_hooks, pruned_name
-from lnprune.transaction import Transaction
-
-__all__ = ["global_structured", "load_plan", "local_structured", "rank", "remove_all"]
 
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
 

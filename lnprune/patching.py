@@ -9,10 +9,8 @@ from typing import Any
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune.errors import check_flags
-from lnprune.masks import compute_mask
 from lnprune.prune import apply
-
-__all__ = ["patch"]
+from lnprune.steps.masks import compute_mask
 
 _stock_methods = {name: vars(StockLnStructured)[name] for name in ("apply", "compute_mask")}
 _depth = 0

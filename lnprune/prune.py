@@ -10,20 +10,18 @@ import torch.nn.utils.prune as stock
 from torch import Tensor, nn
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
-from lnprune import masks, norms
-from lnprune.application import install
-from lnprune.finding import parameter_of
-from lnprune.flags import Amount, keep_flags, pruned_count
-from lnprune.norms import Order
-from lnprune.registration import Target, check_not_in_inference_mode
+from lnprune.modules.application import install
+from lnprune.modules.finding import parameter_of
+from lnprune.modules.registration import Target, check_not_in_inference_mode
+from lnprune.modules.transaction import Snapshot, Transaction
+from lnprune.steps import masks, norms
+from lnprune.steps.flags import Amount, keep_flags, pruned_count
+from lnprune.steps.norms import Order
 from lnprune.torch_internals import (
     validate_pruning_amount_init,
     validate_pruning_dim,
     validate_structured_pruning,
 )
-from lnprune.transaction import Snapshot, Transaction
-
-__all__ = ["LnStructured", "apply", "channel_mask", "channel_norms", "ln_structured"]
 
 
 def check_dim_is_no_word(dim: Any) -> None:

@@ -60,18 +60,24 @@ def test_one_definition_of_the_ranking_order(path):
     assert defines == (path.name == "topk.h")
 
 
-PYTHON = {path.stem: path for path in sorted((ROOT / "lnprune").glob("*.py"))}
+def dotted(path: pathlib.Path) -> str:
+    """The name of a Python file in the package: ``steps.norms`` say, and ``steps`` of a folder itself."""
+    parts = path.relative_to(ROOT / "lnprune").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PYTHON = {dotted(path): path for path in sorted((ROOT / "lnprune").rglob("*.py"))}
+MODULES = sorted(name for name in PYTHON if name and PYTHON[name].stem != "__init__")
 
 
 def imported_rooms(name: str) -> set[str]:
     """The modules of the package that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(PYTHON[name].read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "lnprune":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lnprune."):
-            found.add(node.module.partition(".")[2])
-    return found & set(PYTHON)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lnprune":
+            module = node.module.partition(".")[2]
+            found |= {module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)}
+    return found & set(MODULES)
 
 
 def reachable(name: str) -> set[str]:
@@ -82,14 +88,55 @@ def reachable(name: str) -> set[str]:
     return found - {name}
 
 
-@pytest.mark.parametrize("name", [name for name in PYTHON if name != "__init__"])
+@pytest.mark.parametrize("name", MODULES)
 def test_modules_import_each_other_in_one_direction(name):
     assert all(name not in reachable(other) for other in reachable(name))
+
+
+# From the ground up. The ground floor is what every floor may use: it is about no step and no plan.
+GROUND = {"errors", "torch_internals", "atomic_file"}
+FLOORS = ("", "steps", "modules", "plans", "calls")
+
+
+def floor(name: str) -> int:
+    folder = name.rpartition(".")[0]
+    return FLOORS.index(folder if folder or name in GROUND else "calls")
+
+
+def test_the_floors_are_those_of_the_folders():
+    assert {floor(name) for name in MODULES} == set(range(len(FLOORS)))
+    assert {path.parent.name for path in PYTHON.values()} == {"lnprune", "steps", "modules", "plans"}
+    assert imported_rooms("modules.application") & {"steps.masks", "modules.transaction", "errors"} == {
+        "steps.masks",
+        "modules.transaction",
+        "errors",
+    }, "imports are seen, of modules and from them"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down_only(name):
+    assert {other for other in imported_rooms(name) if floor(other) > floor(name)} == set()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("plans.")])
+def test_plans_meet_modules_only_where_they_are_applied(name):
+    assert {other for other in imported_rooms(name) if floor(other) == 2} <= {"modules.application"}
+
+
+# What knows weights by their names, shapes and places alone.
+@pytest.mark.parametrize("name", ["plans.selection", "plans.plan_file", "plans.report"])
+def test_what_needs_no_module_knows_none(name):
+    assert {other for other in reachable(name) if floor(other) == 2} == set()
 
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_every_module_says_its_purpose(name):
     assert len(ast.get_docstring(ast.parse(PYTHON[name].read_text())).splitlines()[0]) > 20
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_is_longer_than_one_can_keep_in_mind(name):
+    assert len(PYTHON[name].read_text().splitlines()) <= 350
 
 
 # The functions of ops.py and reference.py, by what they do.
@@ -104,11 +151,14 @@ def steps_taken(source: str) -> set[str]:
     tree = ast.parse(source)
     aliases = {"ops", "reference", "_C"}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "lnprune":
+        if isinstance(node, ast.ImportFrom) and node.module in ("lnprune", "lnprune.steps"):
             aliases |= {
                 alias.asname for alias in node.names if alias.asname and alias.name in ("ops", "reference")
             }
-        elif isinstance(node, ast.ImportFrom) and node.module in ("lnprune.ops", "lnprune.reference"):
+        elif isinstance(node, ast.ImportFrom) and node.module in (
+            "lnprune.steps.ops",
+            "lnprune.steps.reference",
+        ):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             assert not any(alias.name.startswith("lnprune") for alias in node.names), "one way to import"
@@ -123,10 +173,10 @@ def steps_taken(source: str) -> set[str]:
 def test_the_steps_that_a_source_takes_are_seen():
     for source in (
         "from lnprune import ops; ops.write_masks()",
-        "from lnprune.ops import write_masks",
+        "from lnprune.steps.ops import write_masks",
         "from lnprune import ops as native; native.write_masks()",
         "import torch; torch.ops.lnprune.write_masks()",
-        "from lnprune import ops; write = ops.write_masks",
+        "from lnprune.steps import ops; write = ops.write_masks",
     ):
         assert steps_taken(source) & WRITE == {"write_masks"}, source
 
@@ -134,23 +184,14 @@ def test_the_steps_that_a_source_takes_are_seen():
 def test_one_place_ranks_and_one_writes():
     taken = {name: steps_taken(path.read_text()) for name, path in PYTHON.items()}
     rooms = {
-        what: {name for name, steps in taken.items() if steps & functions} - {"ops", "reference"}
+        what: {name for name, steps in taken.items() if steps & functions}
+        - {"steps.ops", "steps.reference"}
         for what, functions in (("ask", ASK), ("rank", RANK), ("write", WRITE))
     }
-    assert rooms["ask"] == {"norms", "flags", "masks", "in_place"}
+    assert rooms["ask"] == {f"steps.{name}" for name in ("norms", "flags", "masks", "in_place")}
     # Selection ranks groups of norms. What is ranked for masks and in place is written there too.
-    assert rooms["rank"] == {"norms", "masks", "in_place", "selection"}
-    assert rooms["write"] == {"masks", "in_place"}
-
-
-MODULELESS = ("selection", "plan_file", "report", "reference", "norms", "masks", "in_place")
-
-
-@pytest.mark.parametrize("name", MODULELESS)
-def test_what_needs_no_module_knows_none(name):
-    """Norms, flags, files and tables are of weights wherever they live."""
-    floors_above = {"parameters", "registration", "transaction", "application", "plan", "model"}
-    assert not reachable(name) & floors_above
+    assert rooms["rank"] == {"steps.norms", "steps.masks", "steps.in_place", "plans.selection"}
+    assert rooms["write"] == {"steps.masks", "steps.in_place"}
 
 
 # Private attributes that are no torch's: those of Python's own namedtuple and copyreg.

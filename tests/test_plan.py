@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.utils import prune as stock
 
 import lnprune
-from lnprune import report
-from lnprune.ranking import Ranking
-from lnprune.rows import Member, Row, Weight
+from lnprune.plans import report
+from lnprune.plans.ranking import Ranking
+from lnprune.plans.rows import Member, Row, Weight
 
 
 def rows(*norms, size=1):

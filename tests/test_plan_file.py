@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lnprune import plan_file
-from lnprune.plan_file import PlanEntry
+from lnprune.plans import plan_file
+from lnprune.plans.plan_file import PlanEntry
 
 SELECTION = {
     **{"amount": 0.5, "scope": "global", "of": "channels", "normalize": "size"},

@@ -20,7 +20,7 @@ from torch.nn.utils import prune as stock
 
 import lnprune
 from lnprune import ops
-from lnprune.ranking import Ranking
+from lnprune.plans.ranking import Ranking
 
 ORDERS = [0, 1, 2, math.inf, -math.inf, 3, 0.5, -1]
 on_every_device = pytest.mark.parametrize("device", cases.DEVICES)
@@ -1275,10 +1275,14 @@ def test_errors_of_any_kind_get_the_parameters_name(monkeypatch):
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     for module, function, call in (
-        ("norms", "reference.channel_norms", lambda: lnprune.rank(model, "nuc", 0)),
-        ("masks", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0)),
-        ("in_place", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True)),
-        ("selection", "kept_of", lambda: lnprune.rank(model, 2, 0).select(1)),
+        ("steps.norms", "reference.channel_norms", lambda: lnprune.rank(model, "nuc", 0)),
+        ("steps.masks", "pruned_count", lambda: lnprune.local_structured(model, 1, 2, 0)),
+        (
+            "steps.in_place",
+            "pruned_count",
+            lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True),
+        ),
+        ("plans.selection", "kept_of", lambda: lnprune.rank(model, 2, 0).select(1)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"lnprune.{module}.{function}", fail)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import lnprune
-from lnprune.ranking import Ranking, measure
-from lnprune.rows import Member, Part, Row, Weight, flags_of_weights
-from lnprune.transaction import Values
+from lnprune.modules.transaction import Values
+from lnprune.plans.ranking import Ranking, measure
+from lnprune.plans.rows import Member, Part, Row, Weight, flags_of_weights
 
 on_every_device = pytest.mark.parametrize("device", cases.DEVICES)
 

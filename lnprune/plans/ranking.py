@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lnprune.errors import per_name
-from lnprune.flags import Amount
-from lnprune.local import is_wrapper, on_cpu
-from lnprune.norms import native_order, zero_norms_are_zeros
-from lnprune.plan import Details, Plan, PlanEntry
-from lnprune.rows import Row, Weight, flags_of_weights, row_counts, row_norms
-from lnprune.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
-
-__all__ = ["Ranking", "measure"]
+from lnprune.modules.application import Weight
+from lnprune.plans.plan import Details, Plan
+from lnprune.plans.plan_file import PlanEntry
+from lnprune.plans.rows import Row, flags_of_weights, row_counts, row_norms
+from lnprune.plans.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
+from lnprune.steps.flags import Amount
+from lnprune.steps.local import is_wrapper, on_cpu
+from lnprune.steps.norms import native_order, zero_norms_are_zeros
 
 _TOO_MANY = 2**31  # channels: products of two such numbers fit 64 bits
 
@@ -42,15 +42,16 @@ def measure(
     norms = row_norms(rows, scores, n)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     say_zeros = {dtype: zero_norms_are_zeros(dtype, n) for dtype in dtypes}
+    unlike = set()  # weights whose norms do not say which channels are zeros
+    for weight, tensor in tensors.items():
+        if scores[weight] is not tensor or not say_zeros[tensor.dtype]:
+            unlike.add(weight)
     masked, counted = [], []
-    for i, row in enumerate(rows):
-        weights = [member.weight for member in row.members]
-        if masks and all(weight in masks for weight in weights):
+    for i, row in enumerate(rows if masks or unlike else ()):
+        if all(member.weight in masks for member in row.members):
             masked.append(i)
-        for weight in weights:
-            if scores[weight] is not tensors[weight] or not say_zeros[tensors[weight].dtype]:
-                counted.append(i)
-                break
+        if any(member.weight in unlike for member in row.members):
+            counted.append(i)
     mask_counts = row_counts([rows[i] for i in masked], masks) if masked else []
     element_counts = row_counts([rows[i] for i in counted], tensors) if counted else []
     return Ranking(
@@ -222,7 +223,7 @@ class Ranking:
         return Plan(
             self.n,
             selection,
-            [row.names for row in self._rows],
+            self.names,
             keep,
             functools.partial(_details, self._rows, arrangement, flags, selection),
             functools.partial(flags_of_weights, self._rows, keep),
@@ -238,7 +239,9 @@ def _details(
     kept = [int(each[::size].sum()) for each in keep]
     ranked = list(zip(arrangement.ranked(), kept, strict=True))
     entries = [_entry(row, *each, size) for row, each in zip(rows, ranked, strict=True)]
-    return Details(entries, arrangement.cut(flags) if selection["scope"] == "global" else None, ranked)
+    names = [row.names for row in rows]
+    cut = arrangement.cut(flags) if selection["scope"] == "global" else None
+    return Details(entries, names, cut, ranked)
 
 
 def _entry(row: Row, norms: Tensor, kept: int, group_size: int) -> PlanEntry:

@@ -12,24 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lnprune import ops
 from lnprune.errors import named
-from lnprune.torch_internals import (
-    compute_nparams_toprune,
-    validate_pruning_amount_init,
-)
-
-__all__ = [
-    "LEAST",
-    "WORDS",
-    "Arrangement",
-    "Layers",
-    "Normalize",
-    "Of",
-    "Scope",
-    "alive_groups",
-    "group_norms",
-]
+from lnprune.steps import ops
+from lnprune.torch_internals import compute_nparams_toprune, validate_pruning_amount_init
 
 Scope = Literal["local", "global"]
 Of = Literal["channels", "parameters"]
@@ -98,21 +83,9 @@ def _integers(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _at(tensor: Tensor, indices: Tensor) -> Tensor:
-    """``tensor[indices]``, without the threads that indexing starts for a few thousand of them."""
-    return tensor.index_select(0, indices)
-
-
 def _owners(counts: Tensor) -> Tensor:
-    """0 as often as the first count says, then 1, ...: repeat_interleave, without its threads."""
-    total = int(counts.sum())
-    begins = counts.cumsum(0)[:-1]  # of all but the first; several in one place where counts are 0
-    begins = begins.masked_select(begins < total)
-    return (
-        torch.zeros(total, dtype=torch.int64, device="cpu")
-        .index_add_(0, begins, torch.ones_like(begins))
-        .cumsum(0)
-    )
+    """0 as often as the first count says, then 1, ..."""
+    return torch.arange(counts.numel(), device="cpu").repeat_interleave(counts)
 
 
 def alive_groups(layers: Layers, group_size: int) -> Tensor | None:
@@ -138,7 +111,7 @@ def alive_groups(layers: Layers, group_size: int) -> Tensor | None:
 
 def _sorted(indices: Tensor, keys: Tensor, descending: bool = True) -> Tensor:
     """The indices in the order of their keys; of equal keys, those that come first stay first."""
-    return _at(indices, torch.sort(_at(keys, indices), descending=descending, stable=True).indices)
+    return indices[torch.sort(keys[indices], descending=descending, stable=True).indices]
 
 
 class Arrangement:
@@ -199,20 +172,18 @@ class Arrangement:
                     "normalize='size' needs a norm whose order is a number: take 'layer' or 'none'"
                 )
             factors = [_size_factor(size * self.group_size, layers.p) for size in layers.sizes]
-            return norms / _at(
-                torch.tensor(factors, dtype=torch.float64, device="cpu"), self.layer_of_group
-            )
+            return norms / torch.tensor(factors, dtype=torch.float64, device="cpu")[self.layer_of_group]
         counted = norms.isfinite()
         if self.alive is not None:
             counted &= self.alive
         indices = counted.nonzero().flatten()
-        owners = _at(self.layer_of_group, indices)
+        owners = self.layer_of_group[indices]
         sums = torch.zeros(len(groups), dtype=torch.float64, device="cpu").index_add_(
-            0, owners, _at(norms, indices)
+            0, owners, norms[indices]
         )
         means = sums / torch.bincount(owners, minlength=len(groups))
         # Layers of zeros stay at zero.
-        return norms / _at(torch.where(means > 0, means, 1.0), self.layer_of_group)
+        return norms / torch.where(means > 0, means, 1.0)[self.layer_of_group]
 
     @functools.cached_property
     def alive(self) -> Tensor | None:
@@ -263,8 +234,8 @@ class Arrangement:
         block is the mean of its groups. None where nothing goes, or nothing stays.
         """
         blocks, _ = self._blocks
-        scores = _at(self.scores, blocks.flatten()).view(blocks.shape).mean(dim=1).nan_to_num(nan=math.inf)
-        kept = _at(flags.view(-1, self.group_size)[:, 0], blocks[:, 0])
+        scores = self.scores[blocks.flatten()].view(blocks.shape).mean(dim=1).nan_to_num(nan=math.inf)
+        kept = flags.view(-1, self.group_size)[:, 0][blocks[:, 0]]
         if kept.all():
             return None
         above = scores[kept & (scores >= scores[~kept].max())]
@@ -304,7 +275,7 @@ class Arrangement:
             order = _sorted(groups, self.scores)
         if self.normalize == "none":
             return order
-        scores, norms, layers = (_at(of, order) for of in (self.scores, self.norms, self.layer_of_group))
+        scores, norms, layers = (of[order] for of in (self.scores, self.norms, self.layer_of_group))
         ties = (scores[1:] == scores[:-1]) & (layers[1:] == layers[:-1])
         if (ties & (norms[1:] > norms[:-1])).any():
             # The division made different norms of a layer equal: its larger ones go first all the same.
@@ -318,13 +289,13 @@ class Arrangement:
         """The whole blocks by layer and by rank within it, as rows of their groups, and which may go."""
         per_block = self.step // self.group_size
         groups = _sorted(self._by_rank(), self.layer_of_group, descending=False)
-        layers = _at(self.layer_of_group, groups)
+        layers = self.layer_of_group[groups]
         left = _integers(self.left) // self.group_size
-        position = torch.arange(groups.numel(), device="cpu") - _at(left.cumsum(0) - left, layers)
-        whole = (position < _at(_integers(self.most) * per_block, layers)).nonzero().flatten()
-        may_go = position >= _at(_integers(self.fewest) * per_block, layers)
+        position = torch.arange(groups.numel(), device="cpu") - (left.cumsum(0) - left)[layers]
+        whole = (position < (_integers(self.most) * per_block)[layers]).nonzero().flatten()
+        may_go = position >= (_integers(self.fewest) * per_block)[layers]
         shape = (-1, per_block)
-        return _at(groups, whole).view(shape), _at(may_go, whole).view(shape)[:, 0]
+        return groups[whole].view(shape), may_go[whole].view(shape)[:, 0]
 
     @functools.cached_property
     def _ranking(self) -> Tensor:
@@ -332,15 +303,15 @@ class Arrangement:
         scores = self.scores
         order = self._by_rank()
         if self.step == self.group_size:
-            optional = ~_at(self._required, order)
-            return _at(order, optional.nonzero().flatten()).view(-1, 1)
+            optional = ~self._required[order]
+            return order[optional.nonzero().flatten()].view(-1, 1)
         blocks, may_go = self._blocks
         blocks = blocks[may_go]
         if blocks.numel() == 0:
             return blocks
         # One group after another, so that equal blocks have equal sums.
-        sums = functools.reduce(torch.add, (_at(scores, groups) for groups in blocks.unbind(1)))
-        return _at(blocks, torch.sort(sums, descending=True, stable=True).indices)
+        sums = functools.reduce(torch.add, (scores[groups] for groups in blocks.unbind(1)))
+        return blocks[torch.sort(sums, descending=True, stable=True).indices]
 
     def _totals(self, of: str) -> Tensor:
         """What is kept in all when the first 0, 1, 2, ... blocks of the ranking stay."""
@@ -349,8 +320,8 @@ class Arrangement:
             required = sum(
                 fewest * self.step * cost for fewest, cost in zip(self.fewest, costs, strict=True)
             )
-            layers = _at(self.layer_of_group, self._ranking[:, 0])
-            steps = _at(_integers(costs), layers)
+            layers = self.layer_of_group[self._ranking[:, 0]]
+            steps = _integers(costs)[layers]
             totals = torch.cat([_integers([required]), steps * self.step])
             self._known_totals[of] = totals.cumsum(0)
         return self._known_totals[of]

@@ -15,18 +15,12 @@ from torch import Tensor
 from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
-from lnprune import ops, reference
 from lnprune.errors import named
-from lnprune.flags import Request, flags_of, keep_flags, pruned_count
-from lnprune.layouts import contiguous, has_standard_strides, keeps_strides
-from lnprune.norms import check_order, native_order
-from lnprune.torch_internals import (
-    OperatorMode,
-    compute_nparams_toprune,
-    validate_pruning_amount,
-)
-
-__all__ = ["compute_mask", "masked", "write_masks"]
+from lnprune.steps import ops, reference
+from lnprune.steps.flags import Request, flags_of, keep_flags, pruned_count
+from lnprune.steps.layouts import contiguous, has_standard_strides, keeps_strides
+from lnprune.steps.norms import check_order, native_order
+from lnprune.torch_internals import OperatorMode, compute_nparams_toprune, validate_pruning_amount
 
 # A mask and its masked weight can be written in one pass, after which the weight is handed to autograd; or
 # the mask alone, after which autograd multiplies in a second pass. On the CPU handing over takes longer

@@ -15,18 +15,6 @@ from lnprune.torch_internals import (
     projects_apart,
 )
 
-__all__ = [
-    "KNOWN",
-    "BiasPart",
-    "Dims",
-    "bare_name",
-    "bias_part",
-    "known_weights",
-    "never_called",
-    "uncalled_children",
-    "wrapped_child",
-]
-
 
 class Dims(NamedTuple):
     """The dims of a weight whose channels are the module's outputs, and its inputs."""

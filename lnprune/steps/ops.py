@@ -13,24 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lnprune.local import PLAIN_TYPES
+from lnprune.steps.local import PLAIN_TYPES
 
-__all__ = [
-    "are_native",
-    "build_info",
-    "channel_norms",
-    "channel_sums",
-    "first_unwritable",
-    "has_cuda",
-    "is_native",
-    "norms_of_sums",
-    "prune_channels",
-    "prune_channels_",
-    "select_channels",
-    "write_masks",
-    "zero_channels_",
-]
-
+_FOLDER = pathlib.Path(__file__).parent.parent
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -38,7 +23,7 @@ def _load() -> types.ModuleType:
     try:
         from lnprune import _C
     except ImportError as error:
-        libraries = sorted(path.name for path in pathlib.Path(__file__).parent.glob("_C.*so"))
+        libraries = sorted(path.name for path in _FOLDER.glob("_C.*so"))
         built = f"built: {', '.join(libraries)}" if libraries else "none has been built"
         raise ImportError(
             f"lnprune cannot load its native library ({built}; running: torch "
@@ -52,7 +37,7 @@ def _load_cuda() -> str:
     """Registers the CUDA kernels where there are any; says which version of CUDA, or why not."""
     if torch.version.cuda is None:
         return "not loaded: this torch has no CUDA"
-    libraries = sorted(pathlib.Path(__file__).parent.glob("_C_cuda*.so"))
+    libraries = sorted(_FOLDER.glob("_C_cuda*.so"))
     if not libraries:
         return "not built"
     try:
@@ -169,15 +154,6 @@ _zero_channels_ = torch.ops.lnprune.zero_channels_.default
 _prune_channels_ = torch.ops.lnprune.prune_channels_.default
 
 
-def _check_devices(*lists: list[Tensor]) -> None:
-    """Raises where every backend would: for meta tensors beside others the fake kernels are asked."""
-    types = sorted({tensor.device.type for tensors in lists for tensor in tensors})
-    if len(types) > 1:
-        raise RuntimeError(
-            f"lnprune: expected all tensors of a call on devices of one type, got {' and '.join(types)}"
-        )
-
-
 def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
     """The norms of order ``p`` of every slice along ``dims[i]`` of ``tensors[i]``.
 
@@ -186,16 +162,6 @@ def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> l
     if not tensors:  # the dispatcher finds no backend in an empty list
         return []
     return _channel_norms(tensors, dims, p)
-
-
-@torch.library.register_fake("lnprune::channel_norms")
-@torch.library.register_fake("lnprune::channel_sums")
-def _(tensors: list[Tensor], dims: list[int], p: float) -> list[Tensor]:
-    _check_devices(tensors)
-    return [
-        tensor.new_empty(tensor.shape[dim], dtype=torch.float64)
-        for tensor, dim in zip(tensors, dims, strict=True)
-    ]
 
 
 def channel_sums(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
@@ -240,12 +206,6 @@ def norms_of_sums(sums: Sequence[Tensor], p: float) -> list[Tensor]:
     return _norms_of_sums(sums, p)
 
 
-@torch.library.register_fake("lnprune::norms_of_sums")
-def _(sums: list[Tensor], p: float) -> list[Tensor]:
-    _check_devices(sums)
-    return [torch.empty_like(tensor) for tensor in sums]
-
-
 def select_channels(
     norms: Sequence[Tensor],
     mask_counts: Sequence[Tensor],
@@ -263,14 +223,6 @@ def select_channels(
     if not norms:  # the dispatcher finds no backend in an empty list
         return []
     return _select_channels(norms, mask_counts, counts, fractions)
-
-
-@torch.library.register_fake("lnprune::select_channels")
-def _(
-    norms: list[Tensor], mask_counts: list[Tensor], counts: list[int], fractions: list[float]
-) -> list[Tensor]:
-    _check_devices(norms, mask_counts)
-    return [torch.empty_like(norm, dtype=torch.bool) for norm in norms]
 
 
 def write_masks(
@@ -292,29 +244,6 @@ def write_masks(
     return _write_masks(keep, scores, masks, originals, dims)
 
 
-def _fake_masks(
-    scores: list[Tensor], masks: list[Tensor], originals: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    new_masks = (
-        [torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in masks]
-        if masks
-        else [torch.empty_like(score) for score in scores]
-    )
-    return new_masks, [torch.empty_like(original) for original in originals]
-
-
-@torch.library.register_fake("lnprune::write_masks")
-def _(
-    keep: list[Tensor],
-    scores: list[Tensor],
-    masks: list[Tensor],
-    originals: list[Tensor],
-    dims: list[int],
-) -> tuple[list[Tensor], list[Tensor]]:
-    _check_devices(keep, scores, masks, originals)
-    return _fake_masks(scores, masks, originals)
-
-
 def prune_channels(
     scores: Sequence[Tensor],
     masks: Sequence[Tensor],
@@ -330,20 +259,6 @@ def prune_channels(
     return _prune_channels(scores, masks, originals, dims, p, counts, fractions)
 
 
-@torch.library.register_fake("lnprune::prune_channels")
-def _(
-    scores: list[Tensor],
-    masks: list[Tensor],
-    originals: list[Tensor],
-    dims: list[int],
-    p: float,
-    counts: list[int],
-    fractions: list[float],
-) -> tuple[list[Tensor], list[Tensor]]:
-    _check_devices(scores, masks, originals)
-    return _fake_masks(scores, masks, originals)
-
-
 def zero_channels_(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int]) -> None:
     """Writes zeros in place, to the channels along ``dims[i]`` that are not flagged in ``keep[i]``.
 
@@ -353,11 +268,6 @@ def zero_channels_(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequ
     if tensors:  # the dispatcher finds no backend in an empty list
         _zero_channels_(tensors, keep, dims)
         increment_version(tensors)
-
-
-@torch.library.register_fake("lnprune::zero_channels_")
-def _(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> None:
-    _check_devices(tensors, keep)
 
 
 def prune_channels_(
@@ -375,15 +285,3 @@ def prune_channels_(
     if scores:  # the dispatcher finds no backend in an empty list
         _prune_channels_(scores, weights, dims, p, counts, fractions)
         increment_version(weights)
-
-
-@torch.library.register_fake("lnprune::prune_channels_")
-def _(
-    scores: list[Tensor],
-    weights: list[Tensor],
-    dims: list[int],
-    p: float,
-    counts: list[int],
-    fractions: list[float],
-) -> None:
-    _check_devices(scores, weights)

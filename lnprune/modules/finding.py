@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnprune.errors import shown
-from lnprune.layer_types import KNOWN, Dims, known_weights, uncalled_children, wrapped_child
-from lnprune.torch_internals import (
-    own_buffers,
-    own_modules,
-    own_parameters,
-)
-
-__all__ = ["Found", "Pattern", "Patterns", "find", "is_masked", "named_modules", "parameter_of", "uncalled"]
+from lnprune.modules.layer_types import KNOWN, Dims, known_weights, uncalled_children, wrapped_child
+from lnprune.torch_internals import own_buffers, own_modules, own_parameters
 
 Pattern = Union[str, type]
 Patterns = Union[Pattern, Iterable[Pattern], Mapping[Any, Union[Mapping[str, int], None]], None]

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from lnprune import plan_file, report
-from lnprune.application import Application, Slices, Weight
 from lnprune.errors import check_flags, shown
-from lnprune.plan_file import PlanEntry, SavedPlan
-
-__all__ = ["Details", "Plan", "PlanEntry", "loaded"]
+from lnprune.modules.application import Application, Slices, Weight
+from lnprune.plans import plan_file, report
+from lnprune.plans.plan_file import PlanEntry, SavedPlan
 
 
 class Details(NamedTuple):
@@ -23,12 +21,14 @@ class Details(NamedTuple):
 
     Attributes:
         entries: one for each parameter.
+        names: all names of each parameter, that of its entry first.
         cut: where a plan with ``scope="global"`` cuts the norms of all parameters, if it does.
         ranked: of each parameter the norms that were compared, the largest first, and how many of them
             stay; None where the norms are gone.
     """
 
     entries: list[PlanEntry]
+    names: list[list[str]]
     cut: float | None
     ranked: list[tuple[Tensor, int]] | None = None
 
@@ -43,7 +43,7 @@ class Plan:
         self,
         n: Any,
         selection: dict[str, Any],
-        names: Sequence[Sequence[str]],  # all of each parameter
+        names: Sequence[str],
         flags: Sequence[Tensor],  # bool, of the channels of each parameter, on the CPU
         details: Callable[[], Details],  # asked once, when they are wanted
         slices: Callable[[], Sequence[Slices]],  # what the flags prune of the model's weights
@@ -68,7 +68,7 @@ class Plan:
     @property
     def keep(self) -> dict[str, Tensor]:
         """Bool keep flags by the name of the parameter, shape ``(channels,)``, on the CPU. Copies."""
-        return {names[0]: keep.clone() for names, keep in zip(self._names, self._flags, strict=True)}
+        return {name: keep.clone() for name, keep in zip(self._names, self._flags, strict=True)}
 
     def __len__(self) -> int:
         return len(self._names)
@@ -93,7 +93,7 @@ class Plan:
             ImportError: matplotlib is not installed.
             RuntimeError: the plan was loaded from a file, which has no norms.
         """
-        entries, cut, ranked = self._details
+        entries, _, cut, ranked = self._details
         if ranked is None:
             raise RuntimeError("plot needs the norms of a ranking, which a plan from a file does not have")
         report.plot(self.n, self.selection, entries, ranked, cut, path)
@@ -104,9 +104,9 @@ class Plan:
         ``pruned`` are the indices of all channels that are not kept, those pruned before among them;
         ``shared_with`` are the weight's other names.
         """
-        names = [list(names) for names in self._names]
+        entries, names, cut, _ = self._details
         pruned = [(~keep).nonzero().flatten().tolist() for keep in self._flags]
-        return plan_file.document(self.n, self.selection, self.entries, names, pruned, self._details.cut)
+        return plan_file.document(self.n, self.selection, entries, names, pruned, cut)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
@@ -197,5 +197,6 @@ def loaded(saved: SavedPlan, weights: Sequence[Weight]) -> Plan:
         keep[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
         flags.append(keep)
         slices.append(Slices(weight, entry.dim, keep))
-    details = Details(saved.entries, saved.cut)
-    return Plan(saved.n, saved.selection, saved.names, flags, lambda: details, lambda: slices)
+    details = Details(saved.entries, saved.names, saved.cut)
+    names = [entry.name for entry in saved.entries]
+    return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: slices)

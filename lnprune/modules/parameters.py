@@ -12,27 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnprune.errors import per_name, shown
-from lnprune.finding import Found, Patterns, find, is_masked, named_modules, uncalled
-from lnprune.layer_types import KNOWN, bare_name, known_weights, never_called
-from lnprune.torch_internals import (
-    own_buffers,
-    own_modules,
-    own_parameters,
-)
-
-__all__ = [
-    "Dim",
-    "Parameters",
-    "Patterns",
-    "Weight",
-    "check_is_eager",
-    "check_not_parametrized",
-    "check_shapes",
-    "collect",
-    "current_tensor",
-    "placed",
-    "scores_of",
-]
+from lnprune.modules.finding import Found, Patterns, find, is_masked, named_modules, uncalled
+from lnprune.modules.layer_types import KNOWN, bare_name, known_weights, never_called
+from lnprune.torch_internals import own_buffers, own_modules, own_parameters
 
 Parameters = Union[nn.Module, Iterable[tuple[nn.Module, str]]]
 Word = Literal["out", "in"]

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lnprune.application import Part, Slices, Weight
-from lnprune.local import on_cpu
-from lnprune.norms import channel_norms, channel_sums, countable, native_order, norms_of_sums
-
-__all__ = ["Member", "Part", "Row", "Weight", "flags_of_weights", "row_counts", "row_norms"]
+from lnprune.modules.application import Part, Slices, Weight
+from lnprune.steps.local import on_cpu
+from lnprune.steps.norms import channel_norms, channel_sums, countable, native_order, norms_of_sums
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Member:
     """Slices of a weight along a dim, or of a part of it, and the channels that they belong to.
 
@@ -46,7 +44,7 @@ class Member:
         return tuple(shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Row:
     """Channels that are ranked together: those of a weight, of a part of one, or of several weights.
 
@@ -96,13 +94,15 @@ def row_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> 
     A channel of several slices has the norm of all their elements together. For that the slices' sums
     before the root are added on the CPU, in the order of the members, so that equal channels tie.
     """
-    single = [(row, row.members[0]) for row in rows if row.is_single]
-    views = [member.of(tensors[member.weight]) for _, member in single]
-    names = [row.name for row, _ in single]
-    found = iter(channel_norms(views, n, [member.dim for _, member in single], names))
-    joined = [row for row in rows if not row.is_single]
-    together = iter(_joint_norms(joined, tensors, n) if joined else ())
-    return [next(found if row.is_single else together) for row in rows]
+    single = [row for row in rows if row.is_single]
+    members = [row.members[0] for row in single]
+    views = [member.of(tensors[member.weight]) for member in members]
+    norms = channel_norms(views, n, [member.dim for member in members], [row.name for row in single])
+    if len(single) == len(rows):
+        return norms
+    together = iter(_joint_norms([row for row in rows if not row.is_single], tensors, n))
+    alone = iter(norms)
+    return [next(alone if row.is_single else together) for row in rows]
 
 
 def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> list[Tensor]:

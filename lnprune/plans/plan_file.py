@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 from lnprune.atomic_file import replacing
 from lnprune.errors import named
-from lnprune.selection import LEAST, WORDS
-
-__all__ = ["PlanEntry", "SavedPlan", "document", "read", "write"]
+from lnprune.plans.selection import LEAST, WORDS
 
 _FORMAT = "lnprune plan"
 _VERSION = 1

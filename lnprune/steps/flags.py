@@ -9,16 +9,14 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from lnprune import ops, reference
-from lnprune.norms import channel_norms
+from lnprune.steps import ops, reference
+from lnprune.steps.norms import channel_norms
 from lnprune.torch_internals import (
     compute_nparams_toprune,
     validate_pruning_amount,
     validate_pruning_dim,
     validate_structured_pruning,
 )
-
-__all__ = ["Amount", "Request", "flags_of", "keep_flags", "pruned_count"]
 
 Amount = Union[int, float]
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PLAIN_TYPES", "by_device", "flags_here", "held_here", "is_wrapper", "on_cpu"]
-
 # The types of tensors whose values lie in their own memory.
 PLAIN_TYPES = (Tensor, nn.Parameter)
 

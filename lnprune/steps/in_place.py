@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lnprune import ops, reference
-from lnprune.bits import bits
 from lnprune.errors import named
-from lnprune.flags import Request, flags_of, keep_flags, pruned_count
-from lnprune.layouts import keeps_strides, may_overlap
-from lnprune.local import PLAIN_TYPES, by_device, flags_here
-from lnprune.norms import native_order
+from lnprune.steps import ops, reference
+from lnprune.steps.bits import bits
+from lnprune.steps.flags import Request, flags_of, keep_flags, pruned_count
+from lnprune.steps.layouts import keeps_strides, may_overlap
+from lnprune.steps.local import PLAIN_TYPES, by_device, flags_here
+from lnprune.steps.norms import native_order
 from lnprune.torch_internals import foreach_mul_, validate_pruning_amount_init
-
-__all__ = ["is_writable", "multiplies_in_place", "outside_inference_mode", "write_in_place"]
 
 # Called before values are overwritten: the tensor, the dim of its channels, which of them (None: all), and
 # whether to copy the values. Where not, the tensor gets new memory, and its old memory keeps them.

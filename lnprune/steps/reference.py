@@ -16,22 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lnprune.torch_internals import (
-    compute_norm,
-)
-
-__all__ = [
-    "channel_norms",
-    "channel_sums",
-    "check_slices",
-    "keep_channels",
-    "norms_of_sums",
-    "other_dims",
-    "reference_ranking",
-    "torch_keep_channels",
-    "torch_norms",
-    "write_mask",
-]
+from lnprune.torch_internals import compute_norm
 
 
 def other_dims(tensor: Tensor, dim: int) -> list[int]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "has_standard_strides", "keeps_strides", "may_overlap"]
-
 
 def has_standard_strides(tensor: Tensor) -> bool:
     """Whether the strides are those of a fresh contiguous tensor, in dims of size 1 too."""

@@ -13,22 +13,9 @@ from typing import Any, Literal, Union
 import torch
 from torch import Tensor
 
-from lnprune import ops, reference
 from lnprune.errors import named
-from lnprune.local import by_device
-
-__all__ = [
-    "Order",
-    "channel_norms",
-    "channel_sums",
-    "check_order",
-    "countable",
-    "native_order",
-    "nonzero_counts",
-    "norms_of_sums",
-    "zero_norms_are_zeros",
-]
-
+from lnprune.steps import ops, reference
+from lnprune.steps.local import by_device
 
 Order = Union[int, float, Literal["fro", "nuc"], None]
 

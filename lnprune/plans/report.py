@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lnprune.atomic_file import replacing
-from lnprune.plan_file import PlanEntry
+from lnprune.plans.plan_file import PlanEntry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["plot", "save_figure", "table"]
 
 _DIVISORS = {"size": "their size", "layer": "the layer's mean"}
 _HEADERS = ("parameter", "shape", "dim", "kept", "share", "norm at cut", "margin", "zeroed")

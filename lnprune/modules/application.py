@@ -8,20 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lnprune import in_place, masks
-from lnprune.bits import bits, from_bits, is_zero
 from lnprune.errors import named
-from lnprune.finding import parameter_of
-from lnprune.flags import Request
-from lnprune.layer_types import bias_part, known_weights
-from lnprune.local import held_here
-from lnprune.norms import nonzero_counts
-from lnprune.parameters import Weight, current_tensor
-from lnprune.registration import ParameterState, Part, Pruning, Target, unregister
-from lnprune.torch_internals import (
-    own_parameters,
-)
-from lnprune.transaction import Transaction, Values
+from lnprune.modules.finding import parameter_of
+from lnprune.modules.layer_types import bias_part, known_weights
+from lnprune.modules.parameters import Weight, current_tensor
+from lnprune.modules.registration import ParameterState, Part, Pruning, Target, unregister
+from lnprune.modules.transaction import Transaction, Values
+from lnprune.steps import in_place, masks
+from lnprune.steps.bits import bits, from_bits, is_zero
+from lnprune.steps.flags import Request
+from lnprune.steps.local import held_here
+from lnprune.steps.norms import nonzero_counts
+from lnprune.torch_internals import own_parameters
 
 __all__ = [
     "Application",

@@ -8,15 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import prune as stock
 
-from lnprune.bits import bits
-from lnprune.parameters import check_is_eager
-from lnprune.torch_internals import (
-    own_registries,
-    pruning_methods,
-    set_pruning_methods,
-)
-
-__all__ = ["Snapshot", "Transaction", "Values"]
+from lnprune.modules.parameters import check_is_eager
+from lnprune.steps.bits import bits
+from lnprune.torch_internals import own_registries, pruning_methods, set_pruning_methods
 
 
 class Snapshot:

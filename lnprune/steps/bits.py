@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["bits", "from_bits", "is_zero"]
-
 
 def bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, which copy and compare in any dtype without a change of any bit."""

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
-from lnprune.bits import bits
-from lnprune.finding import parameter_of
-from lnprune.flags import Request
-from lnprune.masks import masked
-from lnprune.parameters import check_not_parametrized
+from lnprune.modules.finding import parameter_of
+from lnprune.modules.parameters import check_not_parametrized
+from lnprune.steps.bits import bits
+from lnprune.steps.flags import Request
+from lnprune.steps.masks import masked
 from lnprune.torch_internals import (
     own_buffers,
     own_modules,
@@ -27,8 +27,6 @@ from lnprune.torch_internals import (
     set_pruned_name,
     set_pruning_methods,
 )
-
-__all__ = ["ParameterState", "Part", "Pruning", "Target", "check_not_in_inference_mode", "unregister"]
 
 
 def check_not_in_inference_mode(parameter: Tensor | None) -> None:

@@ -1,0 +1,1 @@
+"""What meets modules of torch: which parameters, how they are registered, and all or nothing."""

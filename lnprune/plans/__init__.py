@@ -1,0 +1,1 @@
+"""Which channels, decided on norms and names; a plan can outlive a model."""
