@@ -5,6 +5,7 @@ import math
 import cases
 import pytest
 import torch
+from module_state import ORDER_OF_NONE
 from torch import nn
 
 import lnprune
@@ -14,7 +15,7 @@ from lnprune.plans.rows import Member, Part, Row, Weight, flags_of_weights
 
 on_every_device = pytest.mark.parametrize("device", cases.DEVICES)
 
-ORDERS = (0, 0.5, 1, 2, 3, "fro", None, math.inf, -math.inf, -1)
+ORDERS = (0, 0.5, 1, 2, 3, "fro", *ORDER_OF_NONE, math.inf, -math.inf, -1)
 
 
 def slices_of(member, tensor):
