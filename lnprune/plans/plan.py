@@ -36,7 +36,7 @@ class Details(NamedTuple):
 class Plan:
     """Which channels of which parameters to prune, from :meth:`Ranking.select` or :func:`load_plan`.
 
-    ``print(plan)`` is a table, with rich if that is installed.
+    ``print(plan)`` is a table, which needs rich: ``pip install "lnprune[table]"``.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class Plan:
         return f"Plan({len(self)} parameters, {kept} of {channels} channels kept)"
 
     def __str__(self) -> str:
-        return report.table(self.n, self.selection, self.entries, self._details.cut)
+        drawn = report.table(self.n, self.selection, self.entries, self._details.cut)
+        return f'{self!r}; as a table with rich: pip install "lnprune[table]"' if drawn is None else drawn
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the norms of each layer by rank with the cut, and the share of each layer that stays.

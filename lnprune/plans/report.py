@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import os
@@ -18,16 +17,48 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DIVISORS = {"size": "their size", "layer": "the layer's mean"}
-_HEADERS = ("parameter", "shape", "dim", "kept", "share", "norm at cut", "margin", "zeroed")
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _rows(entries: Sequence[PlanEntry], cut: float | None) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        (
+def table(
+    n: Any, selection: Mapping[str, Any], entries: Sequence[PlanEntry], cut: float | None = None
+) -> str | None:
+    """A plan as a table of one line per parameter, which rich draws; None where rich is not installed.
+
+    The last line has the totals and, of a global plan, the cut that all parameters have in common.
+    """
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return None
+
+    options = ", ".join(f"{key}={value!r}" for key, value in selection.items() if key != "amount")
+    amount = selection["amount"]
+    shown = "by name" if isinstance(amount, dict) else repr(amount)
+    title = f"amount={shown}, n={n!r}, {options}"
+    kept, channels = sum(entry.kept for entry in entries), sum(entry.channels for entry in entries)
+    zeroed = sum(entry.parameters_removed for entry in entries)
+    elements = sum(math.prod(entry.shape) for entry in entries)
+    columns = {
+        "parameter": f"{len(entries)} parameters",
+        "shape": f"{elements:,}",
+        "dim": "",
+        "kept": f"{kept} of {channels}",
+        "share": f"{kept / max(1, channels):.1%}",
+        "norm at cut": _number(cut),
+        "margin": "",
+        "zeroed": f"{zeroed:,} ({zeroed / max(1, elements):.1%})",
+    }
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE, show_footer=True, pad_edge=False)
+    for header, total in columns.items():
+        drawn.add_column(header, total, justify="left" if header == "parameter" else "right", no_wrap=True)
+    for entry in entries:
+        drawn.add_row(
             entry.name,
             " x ".join(map(str, entry.shape)),
             str(entry.dim),
@@ -37,61 +68,11 @@ def _rows(entries: Sequence[PlanEntry], cut: float | None) -> tuple[list[tuple[s
             _number(entry.margin),
             f"{entry.parameters_removed:,}",
         )
-        for entry in entries
-    ]
-    kept, channels = sum(e.kept for e in entries), sum(e.channels for e in entries)
-    zeroed = sum(entry.parameters_removed for entry in entries)
-    elements = sum(math.prod(entry.shape) for entry in entries)
-    footer = (
-        *(f"{len(rows)} parameters", f"{elements:,}", "", f"{kept} of {channels}"),
-        *(f"{kept / max(1, channels):.1%}", _number(cut), ""),
-        f"{zeroed:,} ({zeroed / max(1, elements):.1%})",
-    )
-    return rows, footer
-
-
-def table(
-    n: Any, selection: Mapping[str, Any], entries: Sequence[PlanEntry], cut: float | None = None
-) -> str:
-    """A plan as a table of one line per parameter, drawn by rich if that is installed.
-
-    The last line has the totals and, of a global plan, the cut that all parameters have in common.
-    """
-    rows, footer = _rows(entries, cut)
-    options = ", ".join(f"{key}={value!r}" for key, value in selection.items() if key != "amount")
-    amount = selection["amount"]
-    shown = "by name" if isinstance(amount, dict) else repr(amount)
-    title = f"amount={shown}, n={n!r}, {options}"
-    if importlib.util.find_spec("rich") is None:
-        return _plain_table(title, rows, footer)
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE, show_footer=True, pad_edge=False)
-    for i, (header, total) in enumerate(zip(_HEADERS, footer, strict=True)):
-        drawn.add_column(header, total, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*row)
     # As wide as its content: a name that is cut off would be of no use, nor one that is read as markup.
     console = Console(file=io.StringIO(), width=1000, color_system=None, markup=False, emoji=False)
     console.print(drawn)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
-
-
-def _plain_table(title: str, rows: list[tuple[str, ...]], footer: tuple[str, ...]) -> str:
-    lines = [_HEADERS, *rows, footer]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADERS))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([title, text[0], rule, *text[1:-1], rule, text[-1]])
 
 
 # Inches.
