@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "instruction_sets.h"
+#include "share.h"
 
 namespace lnprune::cpu {
 namespace {
@@ -87,7 +88,6 @@ struct Parts {
   int64_t channels_per_part;
   int64_t strips;
   int64_t count;
-  int64_t first_task;
 };
 
 Parts make_parts(const Slices& slices) {
@@ -117,44 +117,28 @@ void look_at_part(const RankItem& mask, const Parts& parts, int64_t part) {
                         std::min(parts.channels_per_part, mask.slices.channels - channel));
 }
 
-struct Job {
-  const RankItem* masks;
-  const Parts* parts;
-};
-
-void look(void* context, int64_t begin, int64_t end) {
-  const Job& job = *static_cast<const Job*>(context);
-  size_t i = 0;
-  for (int64_t task = begin; task < end; ++task) {
-    while (task >= job.parts[i].first_task + job.parts[i].count) ++i;
-    const RankItem& mask = job.masks[i];
-    const int64_t part = task - job.parts[i].first_task;
-    switch (element_bytes(mask.type)) {
-      case 8: look_at_part<uint64_t>(mask, job.parts[i], part); break;
-      case 4: look_at_part<uint32_t>(mask, job.parts[i], part); break;
-      case 2: look_at_part<uint16_t>(mask, job.parts[i], part); break;
-      default: look_at_part<uint8_t>(mask, job.parts[i], part);
-    }
-  }
-}
-
 }  // namespace
 
 void find_alive(const RankItem* masks, size_t count, const Threads& threads) {
   std::vector<Parts> parts(count);
+  std::vector<int64_t> ends(count);
   int64_t tasks = 0;
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) {
     parts[i] = make_parts(masks[i].slices);
-    parts[i].first_task = tasks;
-    tasks += parts[i].count;
+    ends[i] = tasks += parts[i].count;
     elements += masks[i].slices.elements();
     std::fill_n(masks[i].norms, masks[i].slices.channels, 0.0);
   }
-  Job job{masks, parts.data()};
-  const int64_t grain =
-      std::max<int64_t>(1, kPartElements * tasks / std::max<int64_t>(1, elements));
-  threads.run(tasks, grain, look, &job);
+  share_tasks(ends, elements, kPartElements, threads, [&](size_t i, int64_t part) {
+    const RankItem& mask = masks[i];
+    switch (element_bytes(mask.type)) {
+      case 8: return look_at_part<uint64_t>(mask, parts[i], part);
+      case 4: return look_at_part<uint32_t>(mask, parts[i], part);
+      case 2: return look_at_part<uint16_t>(mask, parts[i], part);
+      default: return look_at_part<uint8_t>(mask, parts[i], part);
+    }
+  });
 }
 
 }  // namespace lnprune::cpu

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "instruction_sets.h"
+#include "share.h"
 
 namespace lnprune::cpu {
 namespace {
@@ -15,13 +16,11 @@ constexpr int64_t kTileElements = 32768;
 constexpr int64_t kZeroTileElements = 131072;
 // A thread starts for this many elements, some ten microseconds of work, or more.
 constexpr int64_t kThreadElements = 32768;
-constexpr int64_t kTasksPerThread = 4;
 
 // The elements of a tile: at most so many, and fewer where there would be too few tiles for all
 // threads.
 int64_t tile_elements(int64_t elements, int64_t most, int64_t threads) {
-  return std::clamp(elements / (kTasksPerThread * threads), kThreadElements / kTasksPerThread,
-                    most);
+  return std::min(task_elements(elements, kThreadElements, threads), most);
 }
 
 // How one item is cut into tiles, ranges of rows and of columns. A task is one tile. Where channels
@@ -72,47 +71,34 @@ void visit(const Item* items, size_t count, int64_t most_tile_elements, const Th
            PastCaches non_temporal, OnColumns on_columns, OnRuns on_runs) {
   struct Cut {
     Tiles tiles;
-    int64_t first_task;
     bool non_temporal;
   };
   std::vector<Cut> cuts(count);
+  std::vector<int64_t> ends(count);
   int64_t tasks = 0;
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
   const int64_t elements_per_tile = tile_elements(elements, most_tile_elements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    cuts[i] = {make_tiles(items[i].slices, elements_per_tile), tasks, non_temporal(items[i])};
-    tasks += cuts[i].tiles.count;
+    cuts[i] = {make_tiles(items[i].slices, elements_per_tile), non_temporal(items[i])};
+    ends[i] = tasks += cuts[i].tiles.count;
   }
-  const auto run_tasks = [&](int64_t begin, int64_t end) {
-    size_t i = 0;
-    for (int64_t task = begin; task < end; ++task) {
-      while (task >= cuts[i].first_task + cuts[i].tiles.count) ++i;
-      const Item& item = items[i];
-      const Tiles& tiles = cuts[i].tiles;
-      const int64_t local = task - cuts[i].first_task;
-      const int64_t row = local / tiles.strips * tiles.rows_per_tile;
-      const int64_t column = local % tiles.strips * tiles.columns_per_tile;
-      const int64_t columns = std::min(tiles.columns_per_tile, tiles.columns - column);
-      if (tiles.runs) {
-        on_runs(item, column, columns, cuts[i].non_temporal);
-      } else {
-        on_columns(item,
-                   ColumnPart{row * tiles.columns + column,
-                              std::min(tiles.rows_per_tile, tiles.rows - row), tiles.columns,
-                              columns, item.keep + column / item.slices.inner},
-                   cuts[i].non_temporal);
-      }
+  share_tasks(ends, elements, kThreadElements, threads, [&](size_t i, int64_t tile) {
+    const Item& item = items[i];
+    const auto& [tiles, past_caches] = cuts[i];
+    const int64_t row = tile / tiles.strips * tiles.rows_per_tile;
+    const int64_t column = tile % tiles.strips * tiles.columns_per_tile;
+    const int64_t columns = std::min(tiles.columns_per_tile, tiles.columns - column);
+    if (tiles.runs) {
+      on_runs(item, column, columns, past_caches);
+    } else {
+      const int64_t rows = std::min(tiles.rows_per_tile, tiles.rows - row);
+      const bool* keep = item.keep + column / item.slices.inner;
+      const int64_t first = row * tiles.columns + column;
+      on_columns(item, ColumnPart{first, rows, tiles.columns, columns, keep}, past_caches);
     }
-    finish_non_temporal();
-  };
-  using RunTasks = decltype(run_tasks);
-  const auto body = [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<RunTasks*>(context))(begin, end);
-  };
-  const int64_t grain =
-      std::max<int64_t>(1, kThreadElements * tasks / std::max<int64_t>(1, elements));
-  threads.run(tasks, grain, body, const_cast<void*>(static_cast<const void*>(&run_tasks)));
+    if (past_caches) finish_non_temporal();
+  });
 }
 
 WritePart part_at(const WriteItem& item, int64_t element, bool non_temporal) {

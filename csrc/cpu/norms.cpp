@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "instruction_sets.h"
+#include "share.h"
 
 namespace lnprune::cpu {
 namespace {
@@ -23,7 +24,6 @@ constexpr int64_t kRunElementsPerChunk = 65536;
 // What depends on the threads, and so must not change a bit: how chunks are cut into strips. A
 // thread starts for this many elements, some ten microseconds of work, or more.
 constexpr int64_t kThreadElements = 65536;
-constexpr int64_t kTasksPerThread = 4;
 // A strip has at least about this many columns: a cache line of float32.
 constexpr int64_t kFewestColumns = 16;
 
@@ -43,7 +43,6 @@ struct Chunks {
   int64_t places;  // columns or channels of a chunk, each with a partial
   int64_t places_per_strip;
   int64_t strips;
-  int64_t first_task;
   int64_t first_partial;
 
   bool narrow() const { return groups > 1; }
@@ -87,29 +86,6 @@ Chunks make_chunks(const Slices& slices, int64_t task_elements) {
   return chunks;
 }
 
-int64_t task_elements(int64_t elements, int64_t threads) {
-  return std::max(elements / (kTasksPerThread * threads), kThreadElements / kTasksPerThread);
-}
-
-struct Job {
-  const RankItem* items;
-  const Chunks* chunks;
-  size_t count;
-  NormOrder order;
-  bool rooted;
-  uint64_t* partials;
-};
-
-size_t item_of_task(const Job& job, int64_t task) {
-  size_t low = 0;
-  size_t high = job.count;
-  while (high - low > 1) {
-    const size_t middle = (low + high) / 2;
-    (job.chunks[middle].first_task <= task ? low : high) = middle;
-  }
-  return low;
-}
-
 // One strip of one chunk of narrow rows: those of its columns that meet one row more, and the
 // others.
 template <class Reduce>
@@ -128,48 +104,30 @@ void reduce_narrow(const RankItem& item, const Chunks& chunks, int64_t row, int6
   }
 }
 
-void reduce_tasks(void* context, int64_t begin, int64_t end) {
-  const Job& job = *static_cast<const Job*>(context);
-  size_t i = item_of_task(job, begin);
-  for (int64_t task = begin; task < end; ++task) {
-    while (task >= job.chunks[i].first_task + job.chunks[i].tasks()) ++i;
-    const RankItem& item = job.items[i];
-    const Chunks& chunks = job.chunks[i];
-    const int64_t local = task - chunks.first_task;
-    const int64_t strip = local % chunks.strips;
-    const int64_t chunk = local / chunks.strips;
-    const int64_t row = chunk / chunks.run_chunks * chunks.rows_per_chunk;
-    const int64_t run = chunk % chunks.run_chunks * chunks.run_per_chunk;
-    const int64_t place = strip * chunks.places_per_strip;
-    const int64_t places = std::min(chunks.places_per_strip, chunks.places - place);
-    uint64_t* partials = job.partials + chunks.first_partial + chunk * chunks.places + place;
-    const auto reduce =
-        instructions().reduce[static_cast<int>(item.type)][static_cast<int>(job.order.kind)];
-    if (chunks.narrow()) {
-      reduce_narrow(item, chunks, row, place, place + places, reduce, job.order.p, partials);
-      continue;
-    }
-    const int64_t offset = row * item.slices.row() + place * item.slices.inner + run;
-    const Chunk part{static_cast<const char*>(item.elements) + offset * element_bytes(item.type),
-                     std::min(chunks.rows_per_chunk, item.slices.outer - row),
-                     item.slices.row(),
-                     places,
-                     item.slices.inner,
-                     std::min(chunks.run_per_chunk, item.slices.inner - run)};
-    reduce(part, job.order.p, partials);
+// One task of one item.
+void reduce_strip(const RankItem& item, const Chunks& chunks, int64_t task, NormOrder order,
+                  uint64_t* partials) {
+  const int64_t strip = task % chunks.strips;
+  const int64_t chunk = task / chunks.strips;
+  const int64_t row = chunk / chunks.run_chunks * chunks.rows_per_chunk;
+  const int64_t run = chunk % chunks.run_chunks * chunks.run_per_chunk;
+  const int64_t place = strip * chunks.places_per_strip;
+  const int64_t places = std::min(chunks.places_per_strip, chunks.places - place);
+  partials += chunks.first_partial + chunk * chunks.places + place;
+  const auto reduce =
+      instructions().reduce[static_cast<int>(item.type)][static_cast<int>(order.kind)];
+  if (chunks.narrow()) {
+    reduce_narrow(item, chunks, row, place, place + places, reduce, order.p, partials);
+    return;
   }
-}
-
-void finish_items(void* context, int64_t begin, int64_t end) {
-  const Job& job = *static_cast<const Job*>(context);
-  for (int64_t i = begin; i < end; ++i) {
-    const RankItem& item = job.items[i];
-    const Chunks& chunks = job.chunks[i];
-    const Partials partials{job.partials + chunks.first_partial, chunks.count(), chunks.groups,
-                            item.slices.channels, chunks.narrow() ? item.slices.inner : 1};
-    instructions().finish[static_cast<int>(item.type)][static_cast<int>(job.order.kind)](
-        partials, job.order.p, job.rooted, item.norms);
-  }
+  const int64_t offset = row * item.slices.row() + place * item.slices.inner + run;
+  const Chunk part{static_cast<const char*>(item.elements) + offset * element_bytes(item.type),
+                   std::min(chunks.rows_per_chunk, item.slices.outer - row),
+                   item.slices.row(),
+                   places,
+                   item.slices.inner,
+                   std::min(chunks.run_per_chunk, item.slices.inner - run)};
+  reduce(part, order.p, partials);
 }
 
 }  // namespace
@@ -177,48 +135,43 @@ void finish_items(void* context, int64_t begin, int64_t end) {
 void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
           const Threads& threads) {
   std::vector<Chunks> chunks(count);
+  std::vector<int64_t> ends(count);
   int64_t tasks = 0;
   int64_t partials = 0;
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
-  const int64_t elements_per_task = task_elements(elements, threads.count);
+  const int64_t elements_per_task = task_elements(elements, kThreadElements, threads.count);
   for (size_t i = 0; i < count; ++i) {
     chunks[i] = make_chunks(items[i].slices, elements_per_task);
-    chunks[i].first_task = tasks;
     chunks[i].first_partial = partials;
-    tasks += chunks[i].tasks();
+    ends[i] = tasks += chunks[i].tasks();
     partials += chunks[i].count() * chunks[i].places;
   }
   const std::unique_ptr<uint64_t[]> storage(new uint64_t[partials]);
-  Job job{items, chunks.data(), count, order, rooted, storage.get()};
-  const int64_t grain =
-      std::max<int64_t>(1, kThreadElements * tasks / std::max<int64_t>(1, elements));
-  threads.run(tasks, grain, reduce_tasks, &job);
-  const int64_t items_per_thread = partials < kThreadElements ? static_cast<int64_t>(count) : 1;
-  threads.run(static_cast<int64_t>(count), items_per_thread, finish_items, &job);
+  share_tasks(ends, elements, kThreadElements, threads, [&](size_t i, int64_t task) {
+    reduce_strip(items[i], chunks[i], task, order, storage.get());
+  });
+  share_items(count, partials >= kThreadElements, threads, [&](int64_t i) {
+    const RankItem& item = items[i];
+    const Chunks& cut = chunks[i];
+    const Partials folded{storage.get() + cut.first_partial, cut.count(), cut.groups,
+                          item.slices.channels, cut.narrow() ? item.slices.inner : 1};
+    instructions().finish[static_cast<int>(item.type)][static_cast<int>(order.kind)](
+        folded, order.p, rooted, item.norms);
+  });
 }
 
 int64_t rank_tasks(const Slices& slices, int64_t threads) {
-  return make_chunks(slices, task_elements(slices.elements(), threads)).tasks();
+  return make_chunks(slices, task_elements(slices.elements(), kThreadElements, threads)).tasks();
 }
 
 void root(const RootItem* items, size_t count, NormOrder order, const Threads& threads) {
-  struct Roots {
-    const RootItem* items;
-    NormOrder order;
-  };
   int64_t channels = 0;
   for (size_t i = 0; i < count; ++i) channels += items[i].channels;
-  const auto take_roots = [](void* context, int64_t begin, int64_t end) {
-    const auto& [all, order] = *static_cast<const Roots*>(context);
-    for (int64_t i = begin; i < end; ++i) {
-      instructions().root[static_cast<int>(order.kind)](all[i].sums, all[i].channels, order.p,
-                                                        all[i].norms);
-    }
-  };
-  Roots roots{items, order};
-  const int64_t items_per_thread = channels < kThreadElements ? static_cast<int64_t>(count) : 1;
-  threads.run(static_cast<int64_t>(count), items_per_thread, take_roots, &roots);
+  share_items(count, channels >= kThreadElements, threads, [&](int64_t i) {
+    instructions().root[static_cast<int>(order.kind)](items[i].sums, items[i].channels, order.p,
+                                                      items[i].norms);
+  });
 }
 
 }  // namespace lnprune::cpu

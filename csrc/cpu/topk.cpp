@@ -3,8 +3,8 @@
 #include <functional>
 #include <vector>
 
-#include "../kernels.h"
 #include "../topk.h"
+#include "share.h"
 
 namespace lnprune::cpu {
 namespace {
@@ -69,12 +69,7 @@ void select(const SelectItem* items, size_t count, const Threads& threads) {
   int64_t channels = 0;
   for (size_t i = 0; i < count; ++i) channels += items[i].channels;
   // Some thousand channels take less time than a thread may take to wake on a busy machine.
-  const int64_t grain = channels < 32768 ? static_cast<int64_t>(count) : 1;
-  auto body = [](void* context, int64_t begin, int64_t end) {
-    const SelectItem* all = static_cast<const SelectItem*>(context);
-    for (int64_t i = begin; i < end; ++i) select_one(all[i]);
-  };
-  threads.run(static_cast<int64_t>(count), grain, body, const_cast<SelectItem*>(items));
+  share_items(count, channels >= 32768, threads, [items](int64_t i) { select_one(items[i]); });
 }
 
 }  // namespace lnprune::cpu
