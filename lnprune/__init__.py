@@ -30,6 +30,9 @@ from lnprune.plans.plan import Plan
 from lnprune.plans.plan_file import PlanEntry
 from lnprune.plans.ranking import Ranking
 from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
+from lnprune.removal.coupling import Coupling, couple
+from lnprune.removal.groups import Group, GroupMember, Refused
+from lnprune.removal.sizes import size_setter
 from lnprune.steps import fake_ops as _fake_ops  # noqa: F401  # torch finds them by the ops' names
 from lnprune.steps import ops, reference
 from lnprune.steps.reference import reference_ranking
@@ -43,7 +46,10 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BasePruningMethod",
+    "Coupling",
     "CustomFromMask",
+    "Group",
+    "GroupMember",
     "Identity",
     "L1Unstructured",
     "LnStructured",
@@ -53,8 +59,10 @@ __all__ = [
     "RandomStructured",
     "RandomUnstructured",
     "Ranking",
+    "Refused",
     "channel_mask",
     "channel_norms",
+    "couple",
     "custom_from_mask",
     "global_structured",
     "global_unstructured",
@@ -75,4 +83,5 @@ __all__ = [
     "remove",
     "remove_all",
     "renew_masked",
+    "size_setter",
 ]

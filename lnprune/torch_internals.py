@@ -6,7 +6,7 @@ tests on the newest torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -16,14 +16,18 @@ from torch.nn.modules import module as _module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune as _prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "WRAPPED_CHILDREN",
     "NonDynamicallyQuantizableLinear",
     "OperatorMode",
+    "base_of",
     "compute_norm",
     "compute_nparams_toprune",
     "foreach_mul_",
+    "is_compiled",
+    "is_mutable",
     "own_buffers",
     "own_modules",
     "own_parameters",
@@ -36,10 +40,13 @@ __all__ = [
     "registrations_are_watched",
     "set_pruned_name",
     "set_pruning_methods",
+    "tree_leaves",
+    "tree_map",
     "validate_pruning_amount",
     "validate_pruning_amount_init",
     "validate_pruning_dim",
     "validate_structured_pruning",
+    "written_arguments",
 ]
 
 # What a module holds itself, by name. Pruning moves a parameter from one name to another, and puts all back
@@ -101,6 +108,10 @@ compute_nparams_toprune = _prune._compute_nparams_toprune
 compute_norm = _prune._compute_norm
 
 
+# tree_leaves and tree_map: the tensors inside tuples, lists, dicts and what libraries registered, as the
+# outputs of models. When they go: the package optree, which torch recommends, or a walk of our own.
+
+
 class OperatorMode(TorchDispatchMode):
     """Sees every operator inside, below autograd. The class is documented, its module is not.
 
@@ -112,6 +123,30 @@ class OperatorMode(TorchDispatchMode):
         # Torch's wrapper around __torch_dispatch__ would import the whole compiler on the first call.
         # When it goes, that import is what it costs.
         return False
+
+
+# The tensor that a view looks into, or None. When it goes: a note of each tensor that an operation makes.
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called. When it goes: what took its place."""
+    return module._compiled_call_impl is not None
+
+
+def is_mutable(operation: Any) -> bool:
+    """Whether an operation writes to arguments. When it goes: whether its name ends in an underscore."""
+    return operation._schema.is_mutable
+
+
+def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to. When it goes: all of its arguments."""
+    found: list[Any] = []
+    for i, argument in enumerate(operation._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += value if isinstance(value, (list, tuple)) else [value]
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 # Many products in one launch. When it goes: a loop.

@@ -95,7 +95,7 @@ def _is_known(module: nn.Module, attribute: str) -> bool:
     )
 
 
-class _Choice:
+class Choice:
     """The patterns of ``include`` or ``exclude``, and which of them have matched something."""
 
     def __init__(self, given: Patterns, what: str):
@@ -163,7 +163,7 @@ def find(
 
     Of several names those come last that it was not found by. ``modules`` are the model's, by name.
     """
-    included, excluded = _Choice(include, "include"), _Choice(exclude, "exclude")
+    included, excluded = Choice(include, "include"), Choice(exclude, "exclude")
     found: list[Found] = []
     for path, module in modules:
         for attribute, dims in known_weights(module).items():
@@ -245,7 +245,7 @@ def _found(path: str, module: nn.Module, attribute: str, dims: Dims | None = Non
 
 
 def _included(
-    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], included: _Choice, known: list[Found]
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], included: Choice, known: list[Found]
 ) -> list[Found]:
     """What patterns take: known weights, and of those that match none, any parameters of two dims or more.
 

@@ -1,0 +1,146 @@
+"""couple(): which channels of a model go together, and which cannot go and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lnprune.modules.finding import Choice, Found, Patterns
+from lnprune.removal import checks
+from lnprune.removal.groups import Group, Refused, found_groups, refusals
+from lnprune.removal.run import followed
+
+_LISTED = 4  # so many names are printed of a list
+
+
+class Coupling:
+    """Which channels of a model go together, from :func:`couple`. ``print(coupling)`` lists it.
+
+    Attributes:
+        groups: the groups of channels that can go, in the order of the model.
+        refused: the slices that cannot, and why.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[Group], refused: list[Refused]):
+        self.groups = groups
+        self.refused = refused
+        self._model = model
+
+    def __repr__(self) -> str:
+        channels = sum(group.channels for group in self.groups)
+        return f"Coupling({type(self._model).__name__}, {len(self.groups)} groups, {channels} channels)"
+
+    def __str__(self) -> str:
+        lines = [repr(self), "", "channels that go together:"]
+        for group in self.groups:
+            lines.append(f"  {group.name}: {group.channels} channels")
+            lines.append("    made by  " + _list([_place(m) for m in group.members if not m.is_input]))
+            lines.append("    read by  " + _list([_place(m) for m in group.members if m.is_input]))
+        by_reason: dict[str, list[str]] = {}
+        for each in self.refused:
+            by_reason.setdefault(each.reason, []).append(f"{each.parameter}[{each.dim}]")
+        lines += ["", "refused:"]
+        lines += [f"  {_list(names)}: {reason}" for reason, names in by_reason.items()]
+        return "\n".join(lines)
+
+
+def _place(member: Any) -> str:
+    return f"{member.name}[{member.dim}]"
+
+
+def _list(names: Sequence[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def couple(
+    model: nn.Module, example_inputs: Any, *, include: Patterns = None, exclude: Patterns = None
+) -> Coupling:
+    """Finds which channels of a model go together, by following them through one run of it.
+
+    Every index of every dim of every parameter gets a label. The model runs once, in eval mode and without
+    gradients, and each ATen operation says what it does to the labels: a view moves them, a sum of two
+    tensors unites them, a product unites what it sums over. What crosses the statistics of a layer norm,
+    reaches the output, or goes through an operation that is not known, is refused.
+
+    Args:
+        model: an eager model. It is not changed: modes, buffers, hooks and random numbers are as before.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments, or a dict of
+            keywords. They are not changed.
+        include: only groups whose channels these make: names or patterns of modules or parameters, or
+            types of modules, as in :func:`rank`.
+        exclude: no groups whose channels these make.
+
+    Returns:
+        a :class:`Coupling`.
+
+    Raises:
+        TypeError: the model is no module, or compiled, scripted or wrapped; it returns no tensor; example
+            inputs are none.
+        ValueError: the model raises on the example inputs; parameters are on the device meta or not
+            initialised; a pattern matches nothing, or ``include`` names what is refused.
+
+    Example:
+        >>> import lnprune
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> coupling = lnprune.couple(model, torch.randn(1, 3, 16, 16))
+        >>> print(coupling)
+        Coupling(Sequential, 1 groups, 8 channels)
+        <BLANKLINE>
+        channels that go together:
+          0.weight: 8 channels
+            made by  0.weight[0], 0.bias[0], 1.weight[0], 1.bias[0] and 2 more
+            read by  3.weight[1]
+        <BLANKLINE>
+        refused:
+          0.weight[1]: meets data without channels (inputs, constants, positions) in the Conv2d `0`
+          3.weight[0], 3.bias[0]: is part of the model's output
+    """
+    tensors = checks.checked_tensors(model)
+    args, kwargs = checks.prepared_inputs(example_inputs)
+    pinned = {**checks.unprunable(model), **checks.shared_memory(tensors)}
+    run = followed(model, tensors, args, kwargs, pinned)
+    groups, refused = found_groups(run.labels, tensors)
+    groups, left_out = _chosen(model, groups, refused, include, exclude)
+    return Coupling(model, groups, refused + left_out)
+
+
+def _chosen(
+    model: nn.Module, groups: list[Group], refused: list[Refused], include: Patterns, exclude: Patterns
+) -> tuple[list[Group], list[Refused]]:
+    """The groups that are meant, and the others as refused."""
+    included, excluded = Choice(include, "include"), Choice(exclude, "exclude")
+    modules = dict(model.named_modules())
+
+    def found(name: str) -> Found:
+        path, _, attribute = name.rpartition(".")
+        return Found(name, modules[path], attribute)
+
+    chosen, left_out = [], []
+    for group in groups:
+        makers = [found(name) for name in group.makers]
+        out = [each for each in makers if excluded.match(each) is not None]
+        inside = [each for each in makers if included.match(each) is not None]
+        if out:
+            left_out += refusals(group, f"is excluded with `{out[0].name}`")
+        elif included.patterns and not inside:
+            left_out += refusals(group, "is not included")
+        else:
+            chosen.append(group)
+    hit = set(included.matched)
+    others = [(found(each.parameter), each.reason) for each in refused]
+    for entry, reason in others:
+        before = set(included.matched)
+        included.match(entry)
+        excluded.match(entry)
+        new = included.matched - before - hit
+        if new:
+            raise ValueError(f"include: the channels of {entry.name} cannot go: it {reason}")
+    known = [found(name) for group in groups for name in group.makers] + [entry for entry, _ in others]
+    included.check_all_matched(model, known)
+    excluded.check_all_matched(model, known)
+    return chosen, left_out
