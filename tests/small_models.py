@@ -22,13 +22,16 @@ class Net(nn.Module):
 
 
 class Case(NamedTuple):
-    """A model, its example inputs, how many channels it has to offer, and a reason that it has to give."""
+    """A model, its example inputs, how many channels it has to offer, and a reason that it has to give.
+
+    Labels alone offer what is wrong where ``is_found_by_trying``.
+    """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     channels: int
     reason: str | None = None
-    is_found_by_trying: bool = False  # labels alone offer what is wrong
+    is_found_by_trying: bool = False
 
 
 def lines(function, channels=8, reason=None, inputs=8, width=8, trying=False, **layers):
@@ -217,9 +220,15 @@ CASES: dict[str, Case] = {
     "channel shuffle": images(lambda net, x: F.channel_shuffle(x, 2), channels=4, trying=True),
     "shuffle by views": images(lambda net, x: _shuffled(x, 2), channels=4, trying=True),
     "unfold": images(lambda net, x: F.unfold(x, 3, padding=1).view(2, -1, 8, 8), inputs=72),
-    "index by constants": lines(lambda net, x: x[:, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])], trying=True),
+    "index by constants": lines(
+        lambda net, x: x[:, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])], channels=0, reason="size", trying=True
+    ),
     "index_select": lines(
-        lambda net, x: torch.cat([x, x.index_select(1, torch.tensor([0, 2, 4]))], 1), inputs=11, trying=True
+        lambda net, x: torch.cat([x, x.index_select(1, torch.tensor([0, 2, 4]))], 1),
+        inputs=11,
+        channels=0,
+        reason="size",
+        trying=True,
     ),
     "index by inputs": lines(lambda net, x: x[:, x[0].argsort()], 0, "cross"),
     "gather": lines(lambda net, x: x.gather(1, (x > 0).long()), 0, "used as indices"),
@@ -228,9 +237,11 @@ CASES: dict[str, Case] = {
         lambda net, x: x.scatter(1, torch.tensor([[0], [1], [2], [3]]), 1.0), 0, "written by index"
     ),
     "index_add": lines(lambda net, x: torch.zeros_like(x).index_add(0, torch.tensor([1, 0, 3, 2]), x)),
-    "written in part": lines(_written, trying=True),
+    "written in part": lines(_written, channels=0, reason="size", trying=True),
     "written into zeros": lines(lambda net, x: x.new_zeros(4, x.shape[1]).copy_(x)),
-    "as_strided": lines(lambda net, x: x.as_strided((4, 8), (8, 1)), trying=True),
+    "as_strided": lines(
+        lambda net, x: x.as_strided((4, 8), (8, 1)), channels=0, reason="size", trying=True
+    ),
     "tril": lines(lambda net, x: x.tril(), 0, "triangle"),
     "read by Python": lines(lambda net, x: x * x.sum().item(), 0, "cross a sum"),
     "flatten": Case(
@@ -323,7 +334,7 @@ CASES: dict[str, Case] = {
     ),
     "fused attention": _tokens(_fused_attention, qkv=linear(6, 36), o=linear(12, 5)),
     "encoder layer": Case(
-        lambda: nn.TransformerEncoderLayer(12, 4, 8, batch_first=True), (2, 5, 12), 12, None, True
+        lambda: nn.TransformerEncoderLayer(12, 4, 8, batch_first=True), (2, 5, 12), 8, "size", True
     ),
     "mixture of experts": Case(
         lambda: Net(

@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from lnprune.errors import shown
 from lnprune.modules.finding import Choice, Found, Patterns
 from lnprune.removal import checks
-from lnprune.removal.groups import Group, Refused, found_groups, refusals
+from lnprune.removal.groups import Attribute, Group, GroupMember, Refused, found_groups, in_order, refusals
 from lnprune.removal.run import followed
+from lnprune.removal.trial import Trial
 
+_SECONDS = 30.0
 _LISTED = 4  # so many names are printed of a list
 
 
@@ -38,6 +41,8 @@ class Coupling:
             lines.append(f"  {group.name}: {group.channels} channels")
             lines.append("    made by  " + _list([_place(m) for m in group.members if not m.is_input]))
             lines.append("    read by  " + _list([_place(m) for m in group.members if m.is_input]))
+            if group.attributes:
+                lines.append("    sizes in " + _list([_attribute(each) for each in group.attributes]))
         by_reason: dict[str, list[str]] = {}
         for each in self.refused:
             by_reason.setdefault(each.reason, []).append(f"{each.parameter}[{each.dim}]")
@@ -46,8 +51,13 @@ class Coupling:
         return "\n".join(lines)
 
 
-def _place(member: Any) -> str:
+def _place(member: GroupMember) -> str:
     return f"{member.name}[{member.dim}]"
+
+
+def _attribute(attribute: Attribute) -> str:
+    place = f"{attribute.path}.{attribute.name}" if attribute.path else attribute.name
+    return place if attribute.position is None else f"{place}[{attribute.position}]"
 
 
 def _list(names: Sequence[str]) -> str:
@@ -56,7 +66,12 @@ def _list(names: Sequence[str]) -> str:
 
 
 def couple(
-    model: nn.Module, example_inputs: Any, *, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    check: bool | float = True,
 ) -> Coupling:
     """Finds which channels of a model go together, by following them through one run of it.
 
@@ -65,6 +80,12 @@ def couple(
     tensors unites them, a product unites what it sums over. What crosses the statistics of a layer norm,
     reaches the output, or goes through an operation that is not known, is refused.
 
+    Labels cannot see sizes that are written in the code. So removal is tried: half of every group, drawn at
+    random, is taken out of a copy with random parameters, in float64, and its outputs are compared with
+    those of a copy with zeros in place of the channels. Groups that fail are found by halves. For each of
+    them, attributes that hold its size, as a number of heads, are changed with it; if nothing helps, it is
+    refused.
+
     Args:
         model: an eager model. It is not changed: modes, buffers, hooks and random numbers are as before.
         example_inputs: what the model is called with: a tensor, a tuple of arguments, or a dict of
@@ -72,6 +93,9 @@ def couple(
         include: only groups whose channels these make: names or patterns of modules or parameters, or
             types of modules, as in :func:`rank`.
         exclude: no groups whose channels these make.
+        check: how many seconds the trial may take: True: 30. What is not known then is refused. False: no
+            trial, which is for models whose code has no sizes in it. The trial needs the memory of two
+            copies of the model in float64.
 
     Returns:
         a :class:`Coupling`.
@@ -103,10 +127,30 @@ def couple(
     tensors = checks.checked_tensors(model)
     args, kwargs = checks.prepared_inputs(example_inputs)
     pinned = {**checks.unprunable(model), **checks.shared_memory(tensors)}
+    seconds = _seconds(check)
     run = followed(model, tensors, args, kwargs, pinned)
     groups, refused = found_groups(run.labels, tensors)
+    if seconds is not None and groups:
+        trial = Trial(model, tensors, args, kwargs, seconds)
+        trial.add(groups)
+        if any(group.moved_by for group, _ in trial.bad):
+            tied = followed(model, tensors, args, kwargs, pinned, ties_views=True)
+            trial.replace(found_groups(tied.labels, tensors)[0])
+        groups = in_order(trial.good, tensors)
+        refused += [each for group, reason in trial.bad for each in refusals(group, reason)]
     groups, left_out = _chosen(model, groups, refused, include, exclude)
     return Coupling(model, groups, refused + left_out)
+
+
+def _seconds(check: Any) -> float | None:
+    """How long the trial may take; None: there is none."""
+    if check is True:
+        return _SECONDS
+    if check is False:
+        return None
+    if not isinstance(check, (int, float)) or not check > 0:
+        raise ValueError(f"check: expected True, False or seconds, more than 0, got {shown(check)}")
+    return float(check)
 
 
 def _chosen(
@@ -139,7 +183,7 @@ def _chosen(
         excluded.match(entry)
         new = included.matched - before - hit
         if new:
-            raise ValueError(f"include: the channels of {entry.name} cannot go: it {reason}")
+            raise ValueError(f"include: the channels of {entry.name} cannot go: {reason}")
     known = [found(name) for group in groups for name in group.makers] + [entry for entry, _ in others]
     included.check_all_matched(model, known)
     excluded.check_all_matched(model, known)

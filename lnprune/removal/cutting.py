@@ -36,19 +36,13 @@ def cuts_of(group: Group, channels: Tensor) -> list[Cut]:
     return [Cut(m.name, m.dim, m.slices[channels[m.channels]]) for m in group.members]
 
 
-def own_values(name: str, tensor: Tensor) -> Tensor:
-    """The values that a tensor has."""
-    return tensor.detach()
-
-
 def without(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     cuts: Sequence[Cut],
     settings: Sequence[Setting] = (),
-    values: Values = own_values,
 ) -> nn.Module:
-    """A copy of a model without slices of its tensors; what they leave is all that is copied."""
+    """A copy of a model without slices of its tensors; of these, what is left is all that is copied."""
     flags: dict[str, dict[int, Tensor]] = {}
     for name, dim, slices in cuts:
         keep = flags.setdefault(name, {}).setdefault(
@@ -57,18 +51,21 @@ def without(
         keep[slices] = False
 
     def small(name: str, tensor: Tensor) -> Tensor:
-        taken = values(name, tensor)
+        taken = tensor.detach()
         for dim, keep in flags.get(name, {}).items():
             taken = taken.index_select(dim, keep.nonzero().flatten().to(taken.device))
         return taken
 
     shapes = {path: shapes_of(module) for path, module in model.named_modules(remove_duplicate=False)}
-    made = _copied(model, tensors, small)
+    made = copied(model, tensors, small)
     for path, module in made.named_modules(remove_duplicate=False):
         if shapes_of(module) != shapes[path]:
             set_sizes(module, shapes[path])
     for path, attribute, value in settings:
-        setattr(made.get_submodule(path), attribute, value)
+        module = made.get_submodule(path)
+        # What the type of the module tells is set already.
+        if getattr(module, attribute) == getattr(model.get_submodule(path), attribute):
+            setattr(module, attribute, value)
     return made
 
 
@@ -76,7 +73,6 @@ def zeroed(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     cuts: Sequence[Cut],
-    values: Values = own_values,
 ) -> nn.Module:
     """A copy of a model with zeros in place of slices: what the model without them is compared with.
 
@@ -88,17 +84,33 @@ def zeroed(
         of_name.setdefault(cut.name, []).append(cut)
 
     def full(name: str, tensor: Tensor) -> Tensor:
-        taken = values(name, tensor)
+        taken = tensor.detach()
         if not taken.is_floating_point() or name.endswith("running_var"):
             return taken
         for _, dim, slices in of_name.get(name, ()):
             taken = taken.index_fill(dim, slices.to(taken.device), 0)
         return taken
 
-    return _copied(model, tensors, full)
+    return copied(model, tensors, full)
 
 
-def _copied(model: nn.Module, tensors: Mapping[str, Tensor], make: Values) -> nn.Module:
+def settings_for(model: nn.Module, groups: Sequence[Group], gone: Sequence[int]) -> list[Setting]:
+    """The values of all attributes that hold sizes of groups, when so many channels of each are gone."""
+    values: dict[tuple[str, str], Any] = {}
+    for group, count in zip(groups, gone, strict=True):
+        for path, name, position, per_channel in group.attributes:
+            value = values.get((path, name), getattr(model.get_submodule(path), name))
+            if position is None:
+                value -= count * per_channel
+            else:
+                items = list(value)
+                items[position] -= count * per_channel
+                value = type(value)(items)
+            values[path, name] = value
+    return [Setting(path, name, value) for (path, name), value in values.items()]
+
+
+def copied(model: nn.Module, tensors: Mapping[str, Tensor], make: Values) -> nn.Module:
     """A deep copy with other tensors in place of the model's, wherever it has them."""
     memo: dict[int, Any] = {}
     with torch.no_grad():

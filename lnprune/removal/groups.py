@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lnprune.removal.labels import NOT_CHANNELS, Classes, Labels, Slot
 
-_ALONE = "nothing else of the model has these channels: what makes them, or what reads them, was not found"
+_ALONE = "has channels of which nothing was found that makes or reads them"
 
 
 class GroupMember(NamedTuple):
@@ -34,6 +35,22 @@ class GroupMember(NamedTuple):
     is_input: bool
 
 
+class Attribute(NamedTuple):
+    """An attribute of a module that holds a size: so many of it for each channel of a group.
+
+    Attributes:
+        path: of the module.
+        name: of the attribute.
+        position: where in the attribute, if that is a tuple or list; None: it is the number itself.
+        per_channel: how much smaller it is for each channel that goes.
+    """
+
+    path: str
+    name: str
+    position: int | None
+    per_channel: int
+
+
 @dataclass(eq=False)
 class Group:
     """Channels that are made of slices of the same parameters and buffers.
@@ -42,16 +59,15 @@ class Group:
         name: that of the first parameter that makes them.
         channels: how many they are.
         members: all slices of a channel go together, or none.
-        is_viewed: whether a view splits a dim of theirs: its sizes may be written in the code.
-        attributes: attributes of modules that hold a size of the group, found by trying: by the path of the
-            module, the name of the attribute, and how many of it a channel is.
+        attributes: the attributes of modules that hold a size of the group and change with it.
+        moved_by: what in the code moves the channels by numbers, as a view with sizes; empty: nothing.
     """
 
     name: str
     channels: int
     members: list[GroupMember]
-    is_viewed: bool = False
-    attributes: list[tuple[str, str, int]] = field(default_factory=list)
+    attributes: list[Attribute] = field(default_factory=list)
+    moved_by: str = ""
 
     @property
     def makers(self) -> list[str]:
@@ -93,27 +109,26 @@ def found_groups(labels: Labels, tensors: Mapping[str, Tensor]) -> tuple[list[Gr
     inputs = labels.inputs()
     groups = []
     for part in _of_same_slots(classes.of, slot_of, free, len(slots)):
-        numbers = slot_of[part].unique()
-        if len(numbers) == 1:
-            slot = slots[int(numbers)]
-            refused.append(_refusal(slot, len(part), _ALONE))
+        numbers = slot_of[part].unique().tolist()
+        known = [slots[i] for i in numbers]
+        if len(known) == 1 or all((slot.name, slot.dim) not in inputs for slot in known):
+            for i, slot in zip(numbers, known, strict=True):
+                refused.append(_refusal(slot, int((slot_of[part] == i).sum()), _ALONE))
             continue
         channels, channel = classes.of[part].unique(return_inverse=True)
         members = []
-        for i in numbers.tolist():
-            slot, mine = slots[i], slot_of[part] == i
+        for i, slot in zip(numbers, known, strict=True):
+            mine = slot_of[part] == i
             shape = tuple(tensors[slot.name].shape)
             is_input = (slot.name, slot.dim) in inputs
             members.append(
                 GroupMember(slot.name, shape, slot.dim, part[mine] - slot.first, channel[mine], is_input)
             )
-        group = Group("", len(channels), members, bool(classes.is_viewed[part].any()))
-        group.name = group.makers[0]
+        group = Group("", len(channels), members)
+        notes = [note for note in classes.note[part].unique().tolist() if note >= 0]
+        group.moved_by = labels.notes[notes[0]] if notes else ""
         groups.append(group)
-    first = {slot.name: slot.first for slot in reversed(slots)}
-    groups.sort(key=lambda group: first[group.name])
-    _name_apart(groups)
-    return groups, refused
+    return in_order(groups, tensors), refused
 
 
 def _of_same_slots(of: Tensor, slot_of: Tensor, free: Tensor, slots: int) -> list[Tensor]:
@@ -130,13 +145,21 @@ def _of_same_slots(of: Tensor, slot_of: Tensor, free: Tensor, slots: int) -> lis
     return [part.sort().values for part in order.split(lengths.tolist())]
 
 
-def _name_apart(groups: Sequence[Group]) -> None:
-    """Numbers groups that one parameter makes, as the parts of a fused projection."""
-    names = [group.name for group in groups]
-    for name in {name for name in names if names.count(name) > 1}:
-        same = [group for group in groups if group.name == name]
-        for k, group in enumerate(same):
-            group.name = f"{name} [{k}]"
+def in_order(groups: Sequence[Group], names: Iterable[str]) -> list[Group]:
+    """Groups in the order of a model's names, and with names of their own.
+
+    A group has the name of the first weight that makes it; of several, as the parts of a fused projection,
+    each has a number too.
+    """
+    order = {name: i for i, name in enumerate(names)}
+    found = sorted(groups, key=lambda group: order[group.makers[0]])
+    counts = Counter(group.makers[0] for group in found)
+    numbers: Counter[str] = Counter()
+    for group in found:
+        name = group.makers[0]
+        group.name = f"{name} [{numbers[name]}]" if counts[name] > 1 else name
+        numbers[name] += 1
+    return found
 
 
 def refusals(group: Group, reason: str) -> list[Refused]:

@@ -48,29 +48,32 @@ class Classes(NamedTuple):
     Attributes:
         of: the class of each label: the smallest label in it.
         reason: for each label the index of the reason that pins its class, or -1.
-        is_viewed: for each label, whether a view split a dim of its class.
+        note: for each label the index of what moved its class by numbers, or -1.
     """
 
     of: Tensor
     reason: Tensor
-    is_viewed: Tensor
+    note: Tensor
 
 
 class Labels:
     """The labels of the parameters and buffers of a model, and what a run says of them.
 
-    ``place`` says where in the model the run is.
+    ``place`` says where in the model the run is. With ``ties_views``, what a view splits is united along
+    all but the last of the new dims: then the code may say the number of parts, if not their size.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], place: Callable[[], str]):
+    def __init__(self, tensors: Mapping[str, Tensor], place: Callable[[], str], ties_views: bool):
         self.slots: list[Slot] = []
         self.reasons: list[str] = []
         self.read: set[int] = set()  # tensors whose planes were asked for, by identity
+        self.ties_views = ties_views
         self._place = place
         self._count = 1
         self._edges: list[Tensor] = []
         self._pinned: list[tuple[Tensor, int]] = []
-        self._viewed: list[Tensor] = []
+        self.notes: list[str] = []
+        self._noted: list[tuple[Tensor, int]] = []
         self._summed: list[Tensor] = []
         self._used: set[int] = set()
         self._owners: dict[int, list[Tensor]] = {}
@@ -213,9 +216,14 @@ class Labels:
         """Pins what meets data that has no channels."""
         self.pin(planes, _NO_CHANNELS)
 
-    def note_view(self, plane: Tensor) -> None:
-        """Says that a view split a dim of these channels: sizes that may be written in the code."""
-        self._viewed.append(plane.reshape(-1))
+    def note(self, planes: Iterable[Tensor], what: str) -> None:
+        """Says what moves channels by numbers, which may be written in the code."""
+        planes = list(planes)
+        if planes:
+            self.notes.append(f"{what} in {self._place()}")
+            for plane in planes:
+                flat = plane.reshape(-1)
+                self._noted.append((flat[flat > 0], len(self.notes) - 1))
 
     def summed_over(self, tensor: Tensor, dim: int) -> Planes:
         """The planes of an operand of a product that is summed along ``dim``.
@@ -251,14 +259,7 @@ class Labels:
             if id(self._owned[slot.name]) not in self._used:
                 self.pin([slot.labels()], "is not used in this run")
         of = _components(self._count, self._edges)
-        first = torch.full((self._count,), len(self.reasons))
-        for labels, reason in self._pinned:
-            first.scatter_reduce_(0, of[labels], torch.full_like(labels, reason), "amin")
-        first = first[of]
-        is_viewed = torch.zeros(self._count, dtype=torch.bool)
-        if self._viewed:
-            is_viewed[of[torch.cat(self._viewed).clamp_min(0)]] = True
-        return Classes(of, torch.where(first == len(self.reasons), -1, first), is_viewed[of])
+        return Classes(of, _first(of, self._pinned), _first(of, self._noted))
 
 
 def _memory(tensor: Tensor) -> int:
@@ -268,6 +269,15 @@ def _memory(tensor: Tensor) -> int:
 def _view(flat: Tensor, tensor: Tensor) -> Tensor:
     """That part of the labels of a memory that a tensor looks at."""
     return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _first(of: Tensor, said: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """The smallest number that is said of any label of a class, for each label; -1 where none is."""
+    none = len(said)
+    first = torch.full((len(of),), none)
+    for labels, number in said:
+        first.scatter_reduce_(0, of[labels], torch.full_like(labels, number), "amin")
+    return torch.where(first == none, -1, first)[of]
 
 
 def _components(count: int, edges: Sequence[Tensor]) -> Tensor:

@@ -42,10 +42,17 @@ def view(labels: Labels, out: Tensor, x: Tensor, *shape: Any) -> Planes:
             if depends and len(right) > 1:
                 touched += list(right)
         moved = squashed(plane.expand(before).reshape(after), touched)
-        if sum(moved.shape[dim] > 1 for dim in touched) > 1:
-            labels.note_view(moved)
+        split = [dim for dim in touched if moved.shape[dim] > 1]
+        if len(split) > 1:
+            for dim in split[:-1] if labels.ties_views else ():
+                labels.unite(moved, moved.narrow(dim, 0, 1))
+            labels.note([moved], f"`view({_shown(old)})` to `({_shown(new)})`")
         found.append(moved)
     return found
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))
 
 
 @rule("permute", MOVES, keeps_uniform=True)
@@ -114,6 +121,7 @@ def slice_(
     labels: Labels, out: Tensor, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Planes:
     found = []
+    labels.note(has_channels(labels.planes(x), dim), "a slice of channels")
     for plane in labels.planes(x):
         found.append(torch.ops.aten.slice(plane, dim, start, end, step) if plane.shape[dim] > 1 else plane)
     return found
@@ -133,6 +141,7 @@ def split(
     labels: Labels, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0, **kwargs: Any
 ) -> list[Planes]:
     parts: list[Planes] = [[] for _ in out]
+    labels.note(has_channels(labels.planes(x), dim), "a split of channels")
     for plane in labels.planes(x):
         at = 0
         for part, each in zip(parts, out, strict=True):
@@ -230,6 +239,10 @@ def _shuffle(name: str) -> None:
     def shuffled(labels: Labels, out: Tensor, x: Tensor, factor: int) -> Planes:
         found = []
         for plane in labels.planes(x):
+            if plane.shape[-3] > 1 and "channel_shuffle" in name:
+                labels.note([plane], f"`channel_shuffle` of {factor} groups")
+                if labels.ties_views:
+                    labels.unit(plane.unflatten(-3, (factor, -1)), [plane.dim() - 3])
             if any(size > 1 for size in plane.shape[-3:]):
                 whole = plane.expand([*plane.shape[:-3], *x.shape[-3:]]).contiguous()
                 # In float64, which holds all labels: the operation takes no integers.

@@ -25,9 +25,11 @@ _POINTWISE = Rule("element by element: what meets is united", pointwise.pointwis
 class Run(OperatorMode):
     """Follows labels through the operations inside."""
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], before: Before):
+    def __init__(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], before: Before, ties_views: bool = False
+    ):
         super().__init__()
-        self.labels = Labels(tensors, self.place)
+        self.labels = Labels(tensors, self.place, ties_views)
         self.unknown: Counter[str] = Counter()  # operations without a rule that labels entered
         self._before = before
         self._named = {id(module): (name, type(module).__name__) for name, module in model.named_modules()}
@@ -181,13 +183,14 @@ def followed(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     pinned: Mapping[str, str],
+    ties_views: bool = False,
 ) -> Run:
     """Runs the model once and follows the labels of these tensors of it. The model is as before afterwards.
 
-    ``pinned`` says of names of tensors why their channels cannot go.
+    ``pinned`` says of names of tensors why their channels cannot go; ``ties_views`` as in :class:`Labels`.
     """
     with Before(model, tensors) as before:
-        run = Run(model, tensors, before)
+        run = Run(model, tensors, before, ties_views)
         try:
             args, kwargs = tree_map(_copied, (tuple(args), dict(kwargs)))
             for leaf in tree_leaves((args, kwargs)):

@@ -1,0 +1,238 @@
+"""The trial of removal: half of every group is taken out of a copy, to see which groups really can go."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lnprune.removal.attributes import candidates, tries
+from lnprune.removal.cutting import copied, cuts_of, settings_for, without, zeroed
+from lnprune.removal.groups import Attribute, Group
+from lnprune.removal.run import outputs
+from lnprune.torch_internals import tree_map
+
+_TOLERANCE = 1e-9  # of the largest output, in float64
+_SLANTS, _MANY = (0.5, 2.0, 0.5), 32
+_OWN_TOLERANCE = 1e-4  # in the model's own dtype, where it does not run in float64
+
+
+class Trial:
+    """Tries groups of a model on copies of it whose parameters are random.
+
+    The random values matter: behind weights of zeros, as in layers that are initialised so, any group would
+    look right.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        seconds: float,
+    ):
+        self.runs = 0
+        self._generator = torch.Generator().manual_seed(0)
+        self._until = time.monotonic() + seconds
+        self._seconds = seconds
+        self.good: list[Group] = []  # what can go, all together
+        self._known: list[tuple[str, ...]] = []  # names of attributes that made groups right
+        self.bad: list[tuple[Group, str]] = []  # what cannot, and why
+        self._inputs = tuple(args), dict(kwargs)
+        for dtype, tolerance in ((torch.float64, _TOLERANCE), (None, _OWN_TOLERANCE)):
+            self._model = copied(model, tensors, lambda name, tensor: _random(name, tensor, dtype))  # noqa: B023
+            self._tolerance = tolerance
+            self._prepare(model, dtype)
+            found = self._ran(self._model)
+            if not isinstance(found, str) and all(_is_finite(each) for each in found):
+                break
+
+    def _prepare(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        """Makes ready the copy and the inputs, in a dtype."""
+        self._model.eval()
+        self._tensors = dict([*self._model.named_parameters(), *self._model.named_buffers()])
+        self._args, self._kwargs = tree_map(lambda leaf: _converted(leaf, dtype), self._inputs)
+        for module in self._model.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor):
+                    setattr(module, name, _converted(value, dtype))
+
+    def add(self, groups: Sequence[Group]) -> None:
+        """Tries groups beside those that can go."""
+        self.bad += [
+            (g, "is one channel: without it nothing would be left") for g in groups if g.channels < 2
+        ]
+        groups = [group for group in groups if group.channels > 1]
+        if groups and self._accepted(groups, [[]] * len(groups)) is not None:
+            # What the code moves by numbers goes last: it is likelier to fail.
+            for part in ([g for g in groups if not g.moved_by], [g for g in groups if g.moved_by]):
+                self._search(part)
+
+    def replace(self, groups: Sequence[Group]) -> None:
+        """Tries other groups in place of those that cannot go, where they overlap with none that can."""
+        taken, missed = _slices(self.good), _slices([group for group, _ in self.bad])
+        bad = self.bad
+        self.bad = []
+        self.add([g for g in groups if not taken & _slices([g]) and missed & _slices([g])])
+        left = _slices(self.good)
+        self.bad = [(group, reason) for group, reason in bad if not left & _slices([group])]
+
+    def _search(self, part: Sequence[Group]) -> None:
+        """Adds to the good groups what can go beside them, by halves."""
+        if not part:
+            return
+        if time.monotonic() > self._until:
+            reason = f"was not tried within {self._seconds:g} seconds: give check= more of them"
+            self.bad += [(group, reason) for group in part]
+            return
+        trouble = None
+        for names in [(), *self._known]:
+            found = [self._named(group, names) for group in part]
+            if names and not all(found):
+                continue
+            trouble = self._accepted(part, found)
+            if trouble is None:
+                return
+        if len(part) > 1:
+            half = len(part) // 2
+            self._search(part[:half])
+            self._search(part[half:])
+            return
+        (group,) = part
+        for names in tries(candidates(self._model, self._tensors, group)):
+            if time.monotonic() > self._until:
+                break
+            if names not in self._known and self._accepted(part, [self._named(group, names)]) is None:
+                self._known.append(names)
+                return
+        where = f", in {group.moved_by}" if group.moved_by else ""
+        self.bad.append((group, f"its size is written in the code{where}: {trouble}"))
+
+    def _named(self, group: Group, names: Sequence[str]) -> list[Attribute]:
+        found = candidates(self._model, self._tensors, group)
+        return [attribute for attribute in found if attribute.name in names]
+
+    def _accepted(self, part: Sequence[Group], attributes: Sequence[list[Attribute]]) -> str | None:
+        """Takes groups with these attributes, if they can go beside the good ones; else the trouble."""
+        for group, found in zip(part, attributes, strict=True):
+            group.attributes = found
+        trouble = self._difference([*self.good, *part])
+        if trouble is None:
+            self.good += part
+        else:
+            for group in part:
+                group.attributes = []
+        return trouble
+
+    def _difference(self, groups: Sequence[Group]) -> str | None:
+        """What is wrong when half of the channels of groups go; None: nothing."""
+        # What is wrong can go well by chance where there are few channels.
+        draws = len(_SLANTS) if min(group.channels for group in groups) < _MANY else 1
+        for draw in range(draws):
+            trouble = self._drawn(groups, draw)
+            if trouble is not None:
+                return trouble
+        return None
+
+    def _drawn(self, groups: Sequence[Group], draw: int) -> str | None:
+        """The same for one draw of channels.
+
+        More of the first channels go than of the last, or the other way round. So the channels that stay
+        are elsewhere, and halves of them, as the code may split them, are not halves of all.
+        """
+        self.runs += 1
+        cuts, gone = [], []
+        for group in groups:
+            flags = torch.zeros(group.channels, dtype=torch.bool)
+            count = group.channels // 2
+            stays = torch.rand(group.channels, generator=self._generator)
+            sign = 1 - 2 * int(torch.randint(2, (), generator=self._generator))
+            stays += sign * _SLANTS[draw] * torch.linspace(0, 1, group.channels)
+            flags[stays.argsort()[:count]] = True
+            cuts += cuts_of(group, flags)
+            gone.append(count)
+        try:
+            settings = settings_for(self._model, groups, gone)
+            small = without(self._model, self._tensors, cuts, settings)
+        except Exception as error:  # whatever a module does when it is copied
+            return _said(error)
+        got = self._ran(small)
+        if isinstance(got, str):
+            return got
+        want = self._ran(zeroed(self._model, self._tensors, cuts))
+        if not isinstance(want, str) and not all(map(_is_finite, want)):
+            # 0 / 0, as in a norm of weights: zeros where channels are read are enough.
+            reads = {(m.name, m.dim) for group in groups for m in group.members if m.is_input}
+            inputs = [cut for cut in cuts if (cut.name, cut.dim) in reads]
+            want = self._ran(zeroed(self._model, self._tensors, inputs))
+        if isinstance(want, str):
+            return f"with zeros in place of channels {want}"
+        return _compared(got, want, self._tolerance)
+
+    def _ran(self, model: nn.Module) -> list[Tensor] | str:
+        """The outputs of a model, or what went wrong."""
+        try:
+            with torch.no_grad(), torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                args, kwargs = tree_map(lambda leaf: _converted(leaf, None), (self._args, self._kwargs))
+                return list(outputs(model(*args, **kwargs)))
+        except Exception as error:  # whatever the model's code raises
+            return _said(error)
+
+
+def _slices(groups: Sequence[Group]) -> set[tuple[str, int, int]]:
+    return {(m.name, m.dim, i) for group in groups for m in group.members for i in m.slices.tolist()}
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _compared(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> str | None:
+    """What differs between outputs; None: nothing."""
+    if [tuple(each.shape) for each in got] != [tuple(each.shape) for each in want]:
+        return "the outputs have other shapes"
+    for a, b in zip(got, want, strict=True):
+        if not a.is_floating_point() and not a.is_complex():
+            if not torch.equal(a, b):
+                return "the outputs differ"
+        elif a.numel():
+            largest = float(b.abs().max())
+            difference = float((a - b).abs().max()) / max(largest, 1e-300)
+            if not difference <= tolerance:
+                return f"the outputs differ, by {difference:.1g} of the largest"
+    return None
+
+
+def _converted(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a tensor, in the dtype if it is one of real numbers."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().to(dtype if leaf.is_floating_point() else None, copy=True)
+
+
+def _random(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Random values in place of those of a parameter, or of the running statistics of a norm."""
+    is_statistic = name.endswith(("running_mean", "running_var"))
+    if not tensor.is_floating_point() or not (isinstance(tensor, nn.Parameter) or is_statistic):
+        return _converted(tensor, dtype)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    if tensor.dim() > 1:
+        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        values *= math.sqrt(tensor.shape[0] / max(1, tensor.numel()))
+    else:
+        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+        if not name.endswith(("weight", "weight_g", "running_var")):
+            values *= torch.randint(2, tensor.shape, generator=generator) * 2 - 1
+    return values.to(tensor.device, dtype or tensor.dtype)
