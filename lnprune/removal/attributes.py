@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lnprune.removal.groups import Attribute, Group
+from lnprune.removal.sizes import setter_of
 
 
 def candidates(model: nn.Module, tensors: Mapping[str, Tensor], group: Group) -> list[Attribute]:
@@ -18,7 +19,10 @@ def candidates(model: nn.Module, tensors: Mapping[str, Tensor], group: Group) ->
     sizes = _sizes(tensors, group)
     found = []
     for path in _paths({member.name.rpartition(".")[0] for member in group.members}):
-        for name, value in vars(model.get_submodule(path)).items():
+        module = model.get_submodule(path)
+        if setter_of(module) is not None:  # its attributes are known
+            continue
+        for name, value in vars(module).items():
             if name.startswith("_"):
                 continue
             if type(value) is int and value in sizes:

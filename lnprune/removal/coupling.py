@@ -133,9 +133,10 @@ def couple(
     if seconds is not None and groups:
         trial = Trial(model, tensors, args, kwargs, seconds)
         trial.add(groups)
-        if any(group.moved_by for group, _ in trial.bad):
+        if trial.has_failed:
             tied = followed(model, tensors, args, kwargs, pinned, ties_views=True)
             trial.replace(found_groups(tied.labels, tensors)[0])
+        trial.finish()
         groups = in_order(trial.good, tensors)
         refused += [each for group, reason in trial.bad for each in refusals(group, reason)]
     groups, left_out = _chosen(model, groups, refused, include, exclude)

@@ -53,13 +53,20 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in owned if tensor is not None}
 
 
-def set_sizes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Sets the attributes of a module that lost slices, by the first of its types that is known."""
+def setter_of(module: nn.Module) -> Setter | None:
+    """What sets the attributes of a module, by the first of its types that is known."""
     for kind in type(module).__mro__:
         setter = _SETTERS.get(kind) or _SETTERS.get(kind.__name__)
         if setter is not None:
-            setter(module, shapes)
-            return
+            return setter
+    return None
+
+
+def set_sizes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Sets the attributes of a module that lost slices; ``shapes`` are those that it had."""
+    setter = setter_of(module)
+    if setter is not None:
+        setter(module, shapes)
 
 
 @size_setter(nn.Linear)

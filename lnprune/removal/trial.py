@@ -43,6 +43,7 @@ class Trial:
         self._seconds = seconds
         self.good: list[Group] = []  # what can go, all together
         self._known: list[tuple[str, ...]] = []  # names of attributes that made groups right
+        self._doubtful: list[Group] = []  # what is like a group that failed
         self.bad: list[tuple[Group, str]] = []  # what cannot, and why
         self._inputs = tuple(args), dict(kwargs)
         for dtype, tolerance in ((torch.float64, _TOLERANCE), (None, _OWN_TOLERANCE)):
@@ -69,21 +70,53 @@ class Trial:
             (g, "is one channel: without it nothing would be left") for g in groups if g.channels < 2
         ]
         groups = [group for group in groups if group.channels > 1]
-        if groups and self._accepted(groups, [[]] * len(groups)) is not None:
-            # What the code moves by numbers goes last: it is likelier to fail.
-            for part in ([g for g in groups if not g.moved_by], [g for g in groups if g.moved_by]):
-                self._search(part)
+        if not groups or self._accepted(groups, [[]] * len(groups)) is None:
+            return
+        # What the code moves by numbers is likelier to fail. One of each kind tells most.
+        self._search([group for group in groups if not group.moved_by])
+        kinds: dict[Any, list[Group]] = {}
+        for group in groups:
+            if group.moved_by:
+                kinds.setdefault(self._kind(group), []).append(group)
+        for group, *rest in kinds.values():
+            self._search([group])
+            if any(group is good for good in self.good):
+                self._search(rest)
+            else:
+                self._doubtful += rest
 
     def replace(self, groups: Sequence[Group]) -> None:
-        """Tries other groups in place of those that cannot go, where they overlap with none that can."""
-        taken, missed = _slices(self.good), _slices([group for group, _ in self.bad])
-        bad = self.bad
-        self.bad = []
+        """Tries other groups in place of those that failed, where they overlap with none that can go."""
+        taken = _slices(self.good)
+        missed = _slices([group for group, _ in self.bad] + self._doubtful)
+        bad, doubtful = self.bad, self._doubtful
+        self.bad, self._doubtful = [], []
         self.add([g for g in groups if not taken & _slices([g]) and missed & _slices([g])])
-        left = _slices(self.good)
-        self.bad = [(group, reason) for group, reason in bad if not left & _slices([group])]
+        taken = _slices(self.good)
+        self.bad = [(group, reason) for group, reason in bad if not taken & _slices([group])]
+        self._doubtful = [group for group in doubtful if not taken & _slices([group])]
 
-    def _search(self, part: Sequence[Group]) -> None:
+    def finish(self) -> None:
+        """Tries what is like a group that failed."""
+        doubtful, self._doubtful = self._doubtful, []
+        self._search(doubtful, with_attributes=False)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether groups failed that the code moves by numbers."""
+        return any(group.moved_by for group, _ in self.bad)
+
+    def _kind(self, group: Group) -> frozenset[tuple[str, str, int, bool]]:
+        """The same for groups that modules of the same types make and read."""
+        found = set()
+        for member in group.members:
+            path, _, attribute = member.name.rpartition(".")
+            found.add(
+                (type(self._model.get_submodule(path)).__name__, attribute, member.dim, member.is_input)
+            )
+        return frozenset(found)
+
+    def _search(self, part: Sequence[Group], with_attributes: bool = True) -> None:
         """Adds to the good groups what can go beside them, by halves."""
         if not part:
             return
@@ -101,11 +134,11 @@ class Trial:
                 return
         if len(part) > 1:
             half = len(part) // 2
-            self._search(part[:half])
-            self._search(part[half:])
+            self._search(part[:half], with_attributes)
+            self._search(part[half:], with_attributes)
             return
         (group,) = part
-        for names in tries(candidates(self._model, self._tensors, group)):
+        for names in tries(candidates(self._model, self._tensors, group)) if with_attributes else ():
             if time.monotonic() > self._until:
                 break
             if names not in self._known and self._accepted(part, [self._named(group, names)]) is None:
