@@ -24,7 +24,8 @@ from benchmarks.program import RECYCLED, Program, Sections
 from benchmarks.report import Row, Verdict
 from benchmarks.shapes import MLP, Shape, shape_name
 from benchmarks.timing import Peer, interleaved
-from lnprune.plans.selection import Arrangement, Layers
+from lnprune.plans.layers import Layers
+from lnprune.plans.selection import Arrangement
 
 SMALL_SHAPES: list[Shape] = [(16, 16)] * 1000
 SELECTIONS = 10

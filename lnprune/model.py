@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
@@ -16,6 +15,7 @@ from lnprune.modules.finding import Patterns
 from lnprune.modules.parameters import Dim, Parameters, Weight, collect, placed, scores_of
 from lnprune.modules.registration import Target
 from lnprune.modules.transaction import Transaction
+from lnprune.modules.values import current_values
 from lnprune.plans import plan_file
 from lnprune.plans.plan import Plan, loaded
 from lnprune.plans.ranking import Ranking, measure
@@ -24,9 +24,8 @@ from lnprune.plans.selection import Normalize, Of
 from lnprune.steps import reference
 from lnprune.steps.flags import Amount
 from lnprune.steps.in_place import write_in_place
-from lnprune.steps.masks import masked
 from lnprune.steps.norms import Order
-from lnprune.torch_internals import own_buffers, own_parameters, own_pre_hooks, pruned_name
+from lnprune.torch_internals import own_pre_hooks, pruned_name
 
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
 
@@ -91,22 +90,13 @@ def rank(
             "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
             "ln_structured or local_structured, or rank outside of it"
         )
-    weights, tensors, given = collect(parameters, dim, include, exclude)
-    rows, masks = [], {}
-    for i, (weight, along) in enumerate(zip(weights, given, strict=True)):
+    weights, _, given = collect(parameters, dim, include, exclude)
+    rows = []
+    for weight, along in zip(weights, given, strict=True):
         along %= len(weight.shape)
         rows.append(Row(weight.name, weight.shape[along], [Member(weight, along)]))
-        module, attribute = weight.places[0]
-        if attribute not in own_parameters(module):
-            mask = own_buffers(module)[attribute + "_mask"]
-            original = own_parameters(module)[attribute + "_orig"]
-            assert mask is not None
-            assert original is not None
-            masks[weight] = mask
-            with torch.no_grad():
-                tensors[i] = masked(mask, original)
-    scores = scores_of(weights, tensors, importance_scores)
-    measured = dict(zip(weights, tensors, strict=True))
+    measured, masks = current_values(weights)
+    scores = scores_of(weights, list(measured.values()), importance_scores)
     return measure(rows, n, measured, dict(zip(weights, scores, strict=True)), masks)
 
 
@@ -287,5 +277,10 @@ def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
         Plan(1 parameters, 2 of 4 channels kept)
     """
     saved = plan_file.read(path)
-    weights = [Weight(names, entry.shape) for entry, names in zip(saved.entries, saved.names, strict=True)]
+    if saved.members is None:
+        pairs = zip(saved.entries, saved.names, strict=True)
+        weights = [Weight(names, entry.shape) for entry, names in pairs]
+    else:
+        members = {member.names[0]: member for group in saved.members for member in group}
+        weights = [Weight(member.names, member.shape) for member in members.values()]
     return loaded(saved, placed(weights, parameters))

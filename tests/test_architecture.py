@@ -124,7 +124,7 @@ def test_plans_meet_modules_only_where_they_are_applied(name):
 
 
 # What knows weights by their names, shapes and places alone.
-@pytest.mark.parametrize("name", ["plans.selection", "plans.plan_file", "plans.report"])
+@pytest.mark.parametrize("name", ["plans.layers", "plans.selection", "plans.plan_file", "plans.report"])
 def test_what_needs_no_module_knows_none(name):
     assert {other for other in reachable(name) if floor(other) == 2} == set()
 
@@ -190,7 +190,7 @@ def test_one_place_ranks_and_one_writes():
     }
     assert rooms["ask"] == {f"steps.{name}" for name in ("norms", "flags", "masks", "in_place")}
     # Selection ranks groups of norms. What is ranked for masks and in place is written there too.
-    assert rooms["rank"] == {"steps.norms", "steps.masks", "steps.in_place", "plans.selection"}
+    assert rooms["rank"] == {"steps.norms", "steps.masks", "steps.in_place", "plans.layers"}
     assert rooms["write"] == {"steps.masks", "steps.in_place"}
 
 

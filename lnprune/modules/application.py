@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -160,7 +161,8 @@ class Application:
                 if keep_backup:
                     self._backups = [_Backup(values) for values in transaction.values]
             else:
-                install(transaction, targets, n)
+                for each in _rounds(targets):
+                    install(transaction, each, n)
             self._after = [ParameterState(state.module, state.name) for state in self._before]
 
     def undo(self) -> None:
@@ -250,15 +252,25 @@ def _width(dtype: torch.dtype) -> int:
 
 def _check_hold_masks(slices: Sequence[Slices]) -> None:
     """Raises ValueError where a mask cannot say what is pruned, or no hook would renew it."""
-    seen: set[Weight] = set()
     for weight, _, _, part in slices:
         weight.check_holds_mask()
-        if part is not None or weight in seen:
+        if part is not None:
             raise ValueError(
-                f"{weight.name}: a mask is of one dim of a whole weight: prune parts of weights, and "
-                "weights along two dims, with permanent=True"
+                f"{weight.name}: a mask is of a whole weight: prune parts of weights with permanent=True"
             )
-        seen.add(weight)
+
+
+def _rounds(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets such that none is there twice in a round: a second dim is a repeated pruning."""
+    rounds: list[list[Target]] = []
+    counts: Counter[tuple[int, str]] = Counter()
+    for target in targets:
+        place = id(target.module), target.attribute
+        if counts[place] == len(rounds):
+            rounds.append([])
+        rounds[counts[place]].append(target)
+        counts[place] += 1
+    return rounds
 
 
 def _targets(slices: Sequence[Slices], bias: bool) -> list[Target]:

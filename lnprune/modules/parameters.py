@@ -263,11 +263,11 @@ def collect(
                 f"{name}: shares its weight with {weight.name}, so expected one dim for both, got {along} "
                 f"and {dim_of_weight}: exclude both, or pass dim={min(along, dim_of_weight)} for both"
             )
-        _note_reader(weight, module, readers)
+        note_reader(weight, module, readers)
     return weights, tensors, dims
 
 
-def _note_reader(weight: Weight, module: nn.Module, readers: Mapping[int, str]) -> None:
+def note_reader(weight: Weight, module: nn.Module, readers: Mapping[int, str]) -> None:
     """Who reads the weight in place of the module that has it; ``readers`` of a model's modules."""
     reader = readers.get(id(module)) or never_called(module)
     if reader is not None:
@@ -309,7 +309,7 @@ def placed(weights: Sequence[Weight], parameters: Parameters) -> list[Weight]:
     for weight in weights:
         here.append(Weight(weight.names, weight.shape, [places[name] for name in weight.names]))
         for module, _ in here[-1].places:
-            _note_reader(here[-1], module, readers)
+            note_reader(here[-1], module, readers)
     return here
 
 

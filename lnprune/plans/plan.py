@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lnprune.errors import check_flags, shown
-from lnprune.modules.application import Application, Slices, Weight
+from lnprune.modules.application import Application, Part, Slices, Weight
 from lnprune.plans import plan_file, report
-from lnprune.plans.plan_file import PlanEntry, SavedPlan
+from lnprune.plans.plan_file import PlanEntry, SavedMember, SavedPlan
+from lnprune.plans.rows import merged
 
 
 class Details(NamedTuple):
@@ -25,12 +26,14 @@ class Details(NamedTuple):
         cut: where a plan with ``scope="global"`` cuts the norms of all parameters, if it does.
         ranked: of each parameter the norms that were compared, the largest first, and how many of them
             stay; None where the norms are gone.
+        elements: of coupled channels, how many elements their parameters have; None: those of all shapes.
     """
 
     entries: list[PlanEntry]
     names: list[list[str]]
     cut: float | None
     ranked: list[tuple[Tensor, int]] | None = None
+    elements: int | None = None
 
 
 class Plan:
@@ -47,6 +50,7 @@ class Plan:
         flags: Sequence[Tensor],  # bool, of the channels of each parameter, on the CPU
         details: Callable[[], Details],  # asked once, when they are wanted
         slices: Callable[[], Sequence[Slices]],  # what the flags prune of the model's weights
+        by_group: Callable[[], Sequence[Sequence[Slices]]] | None = None,  # of coupled channels, for each
     ):
         self.n = n
         self.selection = selection
@@ -54,6 +58,7 @@ class Plan:
         self._flags = flags
         self._make_details = details
         self._slices = slices
+        self._by_group = by_group
         self._application: Application | None = None
 
     @functools.cached_property
@@ -78,7 +83,9 @@ class Plan:
         return f"Plan({len(self)} parameters, {kept} of {channels} channels kept)"
 
     def __str__(self) -> str:
-        drawn = report.table(self.n, self.selection, self.entries, self._details.cut)
+        drawn = report.table(
+            self.n, self.selection, self.entries, self._details.cut, self._details.elements
+        )
         return f'{self!r}; as a table with rich: pip install "lnprune[table]"' if drawn is None else drawn
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -94,7 +101,7 @@ class Plan:
             ImportError: matplotlib is not installed.
             RuntimeError: the plan was loaded from a file, which has no norms.
         """
-        entries, _, cut, ranked = self._details
+        entries, _, cut, ranked, _ = self._details
         if ranked is None:
             raise RuntimeError("plot needs the norms of a ranking, which a plan from a file does not have")
         report.plot(self.n, self.selection, entries, ranked, cut, path)
@@ -103,11 +110,15 @@ class Plan:
         """The plan as numbers, strings, lists and dicts, as :meth:`save` writes it.
 
         ``pruned`` are the indices of all channels that are not kept, those pruned before among them;
-        ``shared_with`` are the weight's other names.
+        ``shared_with`` are the weight's other names. Of coupled channels, ``members`` are the weights that
+        they are slices of.
         """
-        entries, names, cut, _ = self._details
+        entries, names, cut, _, elements = self._details
         pruned = [(~keep).nonzero().flatten().tolist() for keep in self._flags]
-        return plan_file.document(self.n, self.selection, entries, names, pruned, cut)
+        members = None
+        if self._by_group is not None:
+            members = [[_saved(slices) for slices in group] for group in self._by_group()]
+        return plan_file.document(self.n, self.selection, entries, names, pruned, cut, members, elements)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
@@ -121,6 +132,10 @@ class Plan:
         keep_backup: bool = False,
     ) -> Plan:
         """Prunes the model that was ranked: all parameters or, where one raises, none.
+
+        Coupled channels are pruned in all parameters that have slices of them: in what makes them, their
+        biases and the weights and biases of their norms, and in what reads them. What the model computes
+        then is what it computes without these channels.
 
         Args:
             permanent: write zeros into the weights in place, +0.0 whatever was there, and leave no mask
@@ -140,7 +155,8 @@ class Plan:
             RuntimeError: the plan is applied already, or has no model; a parameter changed its shape since,
                 or shares its memory with one that is pruned along another dim; or, with ``permanent``, its
                 values lie in other tensors (DTensor) or in memory that cannot be written.
-            ValueError: ``bias`` with channels that are not a module's outputs; ``keep_backup`` without
+            ValueError: ``bias`` with channels that are not a module's outputs, or with coupled channels,
+                whose biases go with them; ``keep_backup`` without
                 ``permanent``; a mask for a weight whose module is never called, as that of
                 MultiheadAttention's ``out_proj``, so that no hook would renew it.
 
@@ -164,6 +180,8 @@ class Plan:
                 "keep_backup=True keeps what permanent=True overwrites: masks overwrite nothing, and "
                 "undo() takes them back without it"
             )
+        if bias and self._by_group is not None:
+            raise ValueError("bias: the biases of coupled channels go with them, without bias=True")
         if self._application is not None:
             raise RuntimeError("this plan is applied already: undo() it first, or select another")
         self._application = Application(self._slices(), self.n, permanent, bias, keep_backup)
@@ -192,12 +210,37 @@ class Plan:
 
 def loaded(saved: SavedPlan, weights: Sequence[Weight]) -> Plan:
     """The plan of a file, for weights of its names."""
-    flags, slices = [], []
-    for entry, pruned, weight in zip(saved.entries, saved.pruned, weights, strict=True):
-        keep = torch.ones(entry.channels, dtype=torch.bool, device="cpu")
-        keep[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
-        flags.append(keep)
-        slices.append(Slices(weight, entry.dim, keep))
-    details = Details(saved.entries, saved.names, saved.cut)
+    flags = [
+        _flags(entry.channels, pruned) for entry, pruned in zip(saved.entries, saved.pruned, strict=True)
+    ]
+    details = Details(saved.entries, saved.names, saved.cut, None, saved.elements)
     names = [entry.name for entry in saved.entries]
-    return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: slices)
+    if saved.members is None:
+        slices = [
+            Slices(weight, entry.dim, keep)
+            for weight, entry, keep in zip(weights, saved.entries, flags, strict=True)
+        ]
+        return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: slices)
+    by_name = {weight.name: weight for weight in weights}
+    by_group = []
+    for members in saved.members:
+        found = []
+        for member in members:
+            keep = _flags(member.slices, member.pruned)
+            part = None if member.part is None else Part(*member.part)
+            found.append(Slices(by_name[member.names[0]], member.dim, keep, part))
+        by_group.append(found)
+    together = merged([slices for group in by_group for slices in group])
+    return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: together, lambda: by_group)
+
+
+def _flags(channels: int, pruned: Sequence[int]) -> Tensor:
+    keep = torch.ones(channels, dtype=torch.bool, device="cpu")
+    keep[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
+    return keep
+
+
+def _saved(slices: Slices) -> SavedMember:
+    pruned = (~slices.keep).nonzero().flatten().tolist()
+    part = None if slices.part is None else (slices.part.dim, slices.part.start, slices.part.length)
+    return SavedMember(slices.weight.names, slices.weight.shape, slices.dim, pruned, part)

@@ -10,7 +10,7 @@ import pathlib
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, NamedTuple
@@ -54,6 +54,25 @@ class PlanEntry:
     parameters_removed: int
 
 
+class SavedMember(NamedTuple):
+    """A weight that coupled channels are slices of: its names, and the slices along a dim that go.
+
+    ``part`` is the part of the weight that counts, by its dim, first index and length; None: all of it.
+    """
+
+    names: list[str]
+    shape: tuple[int, ...]
+    dim: int
+    pruned: list[int]
+    part: tuple[int, int, int] | None = None
+
+    @property
+    def slices(self) -> int:
+        """How many slices there are along the dim."""
+        is_along = self.part is not None and self.part[0] == self.dim
+        return self.part[2] if is_along else self.shape[self.dim]  # type: ignore[index]
+
+
 class SavedPlan(NamedTuple):
     """What a file says."""
 
@@ -63,6 +82,8 @@ class SavedPlan(NamedTuple):
     names: list[list[str]]  # of each parameter, the first of them its entry's
     pruned: list[list[int]]
     cut: float | None = None  # where a global plan cuts the norms of all parameters
+    members: list[list[SavedMember]] | None = None  # of coupled channels
+    elements: int | None = None  # of all their parameters
 
 
 def document(
@@ -72,16 +93,20 @@ def document(
     names: list[list[str]],
     pruned: list[list[int]],
     cut: float | None = None,
+    members: Sequence[Sequence[SavedMember]] | None = None,
+    elements: int | None = None,
 ) -> dict[str, Any]:
     """A plan as numbers, strings, lists and dicts."""
     parameters = []
-    for entry, known, indices in zip(entries, names, pruned, strict=True):
+    for i, (entry, known, indices) in enumerate(zip(entries, names, pruned, strict=True)):
         values = asdict(entry)
         values["shared_with"] = known[1:]
         values["shape"] = list(entry.shape)
         for key in ("norm_at_cut", "margin"):
             values[key] = _plain(values[key])
         values["pruned"] = indices
+        if members is not None:
+            values["members"] = [_member(member) for member in members[i]]
         parameters.append(values)
     return {
         "format": _FORMAT,
@@ -89,7 +114,20 @@ def document(
         "n": _plain(n),
         "selection": _plain(selection),
         **({} if cut is None else {"cut": _plain(cut)}),
+        **({} if elements is None else {"elements": elements}),
         "parameters": parameters,
+    }
+
+
+def _member(member: SavedMember) -> dict[str, Any]:
+    name, *others = member.names
+    return {
+        "name": name,
+        "shared_with": others,
+        "shape": list(member.shape),
+        "dim": member.dim,
+        "pruned": member.pruned,
+        **({} if member.part is None else {"part": list(member.part)}),
     }
 
 
@@ -121,7 +159,8 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         with named("selection", "."):
             selection = _selection_of(selection)
         cut = _number(saved, "cut") if "cut" in saved else None
-        return SavedPlan(n, selection, *_parameters_of(saved), cut)
+        elements = _count(saved, "elements") if "elements" in saved else None
+        return SavedPlan(n, selection, *_parameters_of(saved), cut, _members_of(saved), elements)
 
 
 def _plain(value: Any) -> Any:
@@ -233,6 +272,39 @@ def _entry_of(values: dict[str, Any]) -> tuple[PlanEntry, list[str], list[int]]:
     if len(set(pruned)) != channels - entry.kept or len(set(pruned)) != len(pruned):
         raise ValueError(f"pruned: {len(pruned)} of {channels} channels do not leave the {entry.kept} kept")
     return entry, names, pruned
+
+
+def _members_of(saved: dict[str, Any]) -> list[list[SavedMember]] | None:
+    """The members of each entry of a plan of coupled channels; None for other plans."""
+    entries = _list_of(saved, "parameters", dict)
+    if not any("members" in values for values in entries):
+        return None
+    found = []
+    for i, values in enumerate(entries):
+        with named(f"parameters[{i}].members", "."):
+            members = []
+            for each in _list_of(values, "members", dict):
+                names = [_typed(each, "name", str), *_list_of(each, "shared_with", str)]
+                shape, dim = tuple(_list_of(each, "shape", int)), _count(each, "dim")
+                pruned = _list_of(each, "pruned", int)
+                part = tuple(_list_of(each, "part", int)) if "part" in each else None
+                if dim >= len(shape):
+                    raise ValueError(f"dim: expected one of shape {reprlib.repr(shape)}, got {dim}")
+                if part is not None and not _is_part(part, shape):
+                    raise ValueError(f"part: expected one of shape {reprlib.repr(shape)}, got {part}")
+                member = SavedMember(names, shape, dim, pruned, part)
+                if not all(0 <= k < member.slices for k in pruned):
+                    raise ValueError(f"pruned: expected indices of {member.slices} slices, got others")
+                members.append(member)
+            found.append(members)
+    return found
+
+
+def _is_part(part: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    if len(part) != 3:
+        return False
+    dim, start, length = part
+    return 0 <= dim < len(shape) and 0 <= start <= start + length <= shape[dim]
 
 
 def _parameters_of(saved: dict[str, Any]) -> tuple[list[PlanEntry], list[list[str]], list[list[int]]]:

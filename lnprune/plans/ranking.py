@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lnprune.errors import per_name
-from lnprune.modules.application import Weight
+from lnprune.modules.application import Slices, Weight
+from lnprune.plans.layers import Layers, Parameters
 from lnprune.plans.plan import Details, Plan
 from lnprune.plans.plan_file import PlanEntry
-from lnprune.plans.rows import Row, flags_of_weights, row_counts, row_norms
-from lnprune.plans.selection import LEAST, WORDS, Arrangement, Layers, Normalize, Of, Scope
+from lnprune.plans.rows import Row, flags_of_weights, joint_sizes, row_counts, row_norms
+from lnprune.plans.selection import LEAST, WORDS, Arrangement, Normalize, Of, Scope
 from lnprune.steps.flags import Amount
 from lnprune.steps.local import is_wrapper, on_cpu
 from lnprune.steps.norms import native_order, zero_norms_are_zeros
@@ -130,6 +132,7 @@ class Ranking:
             unmasked,
             None if nonzero.all() else nonzero,
             native_order(self.n),
+            joint_sizes(self._rows),
         )
 
     def select(
@@ -227,7 +230,13 @@ class Ranking:
             keep,
             functools.partial(_details, self._rows, arrangement, flags, selection),
             functools.partial(flags_of_weights, self._rows, keep),
+            None if self._layers.parameters is None else functools.partial(_by_row, self._rows, keep),
         )
+
+
+def _by_row(rows: Sequence[Row], keep: Sequence[Tensor]) -> list[list[Slices]]:
+    """What each row's flags prune."""
+    return [flags_of_weights([row], [flags]) for row, flags in zip(rows, keep, strict=True)]
 
 
 def _details(
@@ -239,9 +248,32 @@ def _details(
     kept = [int(each[::size].sum()) for each in keep]
     ranked = list(zip(arrangement.ranked(), kept, strict=True))
     entries = [_entry(row, *each, size) for row, each in zip(rows, ranked, strict=True)]
+    parameters = arrangement.layers.parameters
+    if parameters is not None:
+        entries = _counted_once(entries, arrangement, parameters, keep)
     names = [row.names for row in rows]
     cut = arrangement.cut(flags) if selection["scope"] == "global" else None
-    return Details(entries, names, cut, ranked)
+    return Details(
+        entries, names, cut, ranked, None if parameters is None else arrangement.all_left("parameters")
+    )
+
+
+def _counted_once(
+    entries: Sequence[PlanEntry],
+    arrangement: Arrangement,
+    parameters: Sequence[Parameters],
+    keep: Sequence[Tensor],
+) -> list[PlanEntry]:
+    """Entries that say what each choice removes beyond the ones before it."""
+    every = arrangement.layers.channels
+    gone = [channels - left for channels, left in zip(every, arrangement.left, strict=True)]
+    before, counted = sum(each.left(gone.__getitem__) for each in parameters), []
+    for i, entry in enumerate(entries):
+        gone[i] = every[i] - int(keep[i].sum())
+        after = sum(each.left(gone.__getitem__) for each in parameters)
+        counted.append(replace(entry, parameters_removed=before - after))
+        before = after
+    return counted
 
 
 def _entry(row: Row, norms: Tensor, kept: int, group_size: int) -> PlanEntry:

@@ -24,7 +24,11 @@ def _number(value: float | None) -> str:
 
 
 def table(
-    n: Any, selection: Mapping[str, Any], entries: Sequence[PlanEntry], cut: float | None = None
+    n: Any,
+    selection: Mapping[str, Any],
+    entries: Sequence[PlanEntry],
+    cut: float | None = None,
+    elements: int | None = None,
 ) -> str | None:
     """A plan as a table of one line per parameter, which rich draws; None where rich is not installed.
 
@@ -43,7 +47,8 @@ def table(
     title = f"amount={shown}, n={n!r}, {options}"
     kept, channels = sum(entry.kept for entry in entries), sum(entry.channels for entry in entries)
     zeroed = sum(entry.parameters_removed for entry in entries)
-    elements = sum(math.prod(entry.shape) for entry in entries)
+    if elements is None:
+        elements = sum(math.prod(entry.shape) for entry in entries)
     columns = {
         "parameter": f"{len(entries)} parameters",
         "shape": f"{elements:,}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lnprune.modules.application import Part, Slices, Weight
+from lnprune.plans.layers import Parameters
 from lnprune.steps.local import on_cpu
 from lnprune.steps.norms import channel_norms, channel_sums, countable, native_order, norms_of_sums
 
@@ -24,12 +25,15 @@ class Member:
         dim: the dim of the slices, counted from the first.
         index: the channel of each slice, int64 of shape ``(slices,)``; None: that of its number.
         part: the part of the weight that counts, as one expert of many; None: all of it.
+        slices: the slices that count, int64 of shape ``(slices,)``, as those of one of the layers whose
+            outputs are put side by side; None: all of them.
     """
 
     weight: Weight
     dim: int
     index: Tensor | None = None
     part: Part | None = None
+    slices: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The member's part of a tensor of the weight's shape; a view."""
@@ -43,6 +47,14 @@ class Member:
             shape[self.part.dim] = self.part.length
         return tuple(shape)
 
+    @property
+    def elements(self) -> int:
+        """How many elements of the weight its slices have."""
+        whole = math.prod(self.shape)
+        if self.slices is None or not whole:
+            return whole
+        return whole // self.shape[self.dim] * self.slices.numel()
+
 
 @dataclass(eq=False, slots=True)
 class Row:
@@ -54,17 +66,19 @@ class Row:
     Attributes:
         name: what messages, tables and files call it.
         channels: how many it has.
-        members: what a channel consists of; at least one.
+        members: what a channel is measured by; at least one.
+        followers: what else goes with a channel, as the biases.
     """
 
     name: str
     channels: int
     members: Sequence[Member]
+    followers: Sequence[Member] = ()
 
     @property
     def is_single(self) -> bool:
         """Whether a channel is one slice of one member."""
-        return len(self.members) == 1 and self.members[0].index is None
+        return len(self.members) == 1 and not self.followers and self.members[0].index is None
 
     @property
     def names(self) -> list[str]:
@@ -74,8 +88,8 @@ class Row:
 
     @property
     def size(self) -> int:
-        """The elements of a channel."""
-        return sum(math.prod(member.shape) for member in self.members) // max(1, self.channels)
+        """The elements that a channel is measured by."""
+        return sum(member.elements for member in self.members) // max(1, self.channels)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,10 +120,18 @@ def row_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> 
 
 
 def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> list[Tensor]:
-    members = [(row.name, member) for row in rows for member in row.members]
-    views = [member.of(tensors[member.weight]) for _, member in members]
-    sums = channel_sums(views, n, [member.dim for _, member in members], [name for name, _ in members])
-    parts = iter(on_cpu(sums, torch.float64).split([each.numel() for each in sums]))
+    # What several rows have slices of is summed once.
+    asked: dict[tuple[Weight, int, Part | None], tuple[str, Tensor]] = {}
+    for row in rows:
+        for member in row.members:
+            key = member.weight, member.dim, member.part
+            if key not in asked:
+                asked[key] = row.name, member.of(tensors[member.weight])
+    views = [view for _, view in asked.values()]
+    sums = channel_sums(views, n, [dim for _, dim, _ in asked], [name for name, _ in asked.values()])
+    parts = dict(
+        zip(asked, on_cpu(sums, torch.float64).split([each.numel() for each in sums]), strict=True)
+    )
     p = native_order(n)
     joined = []
     for row in rows:
@@ -117,7 +139,9 @@ def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) 
             (row.channels,), math.inf if p == -math.inf else 0.0, dtype=torch.float64, device="cpu"
         )
         for member in row.members:
-            part = next(parts)
+            part = parts[member.weight, member.dim, member.part]
+            if member.slices is not None:
+                part = part[member.slices.cpu()]
             index = torch.arange(row.channels, device="cpu") if member.index is None else member.index.cpu()
             if p is not None and math.isinf(p):
                 whole.scatter_reduce_(0, index, part, "amax" if p > 0 else "amin")
@@ -135,12 +159,36 @@ def row_counts(rows: Sequence[Row], tensors: Mapping[Weight, Tensor]) -> list[Te
 
 def flags_of_weights(rows: Sequence[Row], flags: Sequence[Tensor]) -> list[Slices]:
     """What keep flags of rows mean for their weights; slices that several rows prune are there once."""
-    found: dict[Any, Slices] = {}
+    found = []
     for row, keep in zip(rows, flags, strict=True):
-        for member in row.members:
-            key = member.weight, member.dim, member.part
+        for member in (*row.members, *row.followers):
             mine = keep if member.index is None else keep[member.index.cpu()]
-            if key in found:
-                mine = mine & found[key].keep
-            found[key] = Slices(member.weight, member.dim, mine, member.part)
+            if member.slices is not None:
+                whole = torch.ones(member.shape[member.dim], dtype=torch.bool, device="cpu")
+                whole[member.slices.cpu()] = mine
+                mine = whole
+            found.append(Slices(member.weight, member.dim, mine, member.part))
+    return merged(found)
+
+
+def merged(slices: Iterable[Slices]) -> list[Slices]:
+    """The same with those of one weight and dim together: a slice stays where all say so."""
+    found: dict[Any, Slices] = {}
+    for each in slices:
+        key = each.weight, each.dim, each.part
+        keep = each.keep & found[key].keep if key in found else each.keep
+        found[key] = each._replace(keep=keep)
     return list(found.values())
+
+
+def joint_sizes(rows: Sequence[Row]) -> list[Parameters] | None:
+    """The parameters that rows have slices of, for exact counts; None where each row is one weight."""
+    if all(row.is_single for row in rows):
+        return None
+    found: dict[Weight, dict[int, list[tuple[int, int]]]] = {}
+    for i, row in enumerate(rows):
+        for member in (*row.members, *row.followers):
+            each = len(member.slices) if member.slices is not None else member.shape[member.dim]
+            dims = found.setdefault(member.weight, {})
+            dims.setdefault(member.dim, []).append((i, each // max(1, row.channels)))
+    return [Parameters(weight.shape, dims) for weight, dims in found.items()]

@@ -6,13 +6,13 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lnprune.errors import named
+from lnprune.plans.layers import Layers, Parameters, alive_groups, group_norms, integers, owners
 from lnprune.steps import ops
 from lnprune.torch_internals import compute_nparams_toprune, validate_pruning_amount_init
 
@@ -22,29 +22,6 @@ Normalize = Literal["size", "layer", "none"]
 # The words that an option takes, and the least of the numbers.
 WORDS = {"scope": get_args(Scope), "of": get_args(Of), "normalize": get_args(Normalize)}
 LEAST = {"min_channels": 0, "multiple_of": 1, "group_size": 1}
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The channels of all layers, one after another, on the CPU."""
-
-    names: Sequence[str]
-    channels: Sequence[int]
-    sizes: Sequence[int]  # elements of a channel
-    norms: Tensor  # float64
-    unmasked: Tensor | None  # bool: not emptied by a mask; None: all
-    nonzero: Tensor | None  # bool: not all of its elements are zero; None: all
-    p: float | None  # the order of the norms; None where it is no real number
-
-
-def group_norms(norms: Tensor, group_size: int, p: float | None) -> Tensor:
-    """The norm of every group of adjacent channels: that of all their elements together."""
-    if group_size == 1 or norms.numel() == 0:
-        return norms
-    if p is None:
-        raise ValueError(f"group_size={group_size} needs a norm of vectors, whose order is a number")
-    # A count of nonzero elements adds up. Every other norm is the norm of the norms.
-    return ops.channel_norms([norms.view(-1, group_size)], [0], 1.0 if p == 0 else p)[0]
 
 
 def _size_factor(elements: int, p: float) -> float:
@@ -78,37 +55,6 @@ def _nearest_multiple(wanted: int, step: int, fewest: int, most: int) -> int:
     return min(max((2 * wanted + step) // (2 * step), fewest), most)
 
 
-def _integers(values: Sequence[int]) -> Tensor:
-    # On the CPU whatever the default device is.
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def _owners(counts: Tensor) -> Tensor:
-    """0 as often as the first count says, then 1, ..."""
-    return torch.arange(counts.numel(), device="cpu").repeat_interleave(counts)
-
-
-def alive_groups(layers: Layers, group_size: int) -> Tensor | None:
-    """Bool flags: which groups of adjacent channels are not gone; None: all.
-
-    A group is gone where each of its channels is. A mask has to leave all or none of a group.
-    """
-    alive = None
-    if layers.unmasked is not None:
-        channels = layers.unmasked.view(-1, group_size)
-        alive = channels.any(dim=1)
-        for group in (alive != channels.all(dim=1)).nonzero().flatten().tolist()[:1]:
-            owners = _owners(_integers(layers.channels) // group_size)
-            raise ValueError(
-                f"{layers.names[int(owners[group])]}: expected earlier pruning to leave all or none of a "
-                f"group of {group_size} channels (group_size), it left {int(channels[group].sum())}"
-            )
-    if layers.nonzero is not None:
-        nonzero = layers.nonzero.view(-1, group_size).any(dim=1)
-        alive = nonzero if alive is None else alive & nonzero
-    return alive
-
-
 def _sorted(indices: Tensor, keys: Tensor, descending: bool = True) -> Tensor:
     """The indices in the order of their keys; of equal keys, those that come first stay first."""
     return indices[torch.sort(keys[indices], descending=descending, stable=True).indices]
@@ -136,9 +82,9 @@ class Arrangement:
                     f"{name}: its {channels} channels are no whole number of groups of "
                     f"{group_size} (group_size)"
                 )
-        groups = _integers(layers.channels) // group_size
+        groups = integers(layers.channels) // group_size
         self.groups = groups.tolist()  # of each layer
-        self.layer_of_group = _owners(groups)
+        self.layer_of_group = owners(groups)
         self.norms = group_norms(layers.norms, group_size, layers.p)
         self.scores = self._scores(groups)
         left = groups
@@ -209,8 +155,7 @@ class Arrangement:
     def select_global(self, amount: int | float, of: str) -> Tensor:
         """Bool keep flags of all channels, the blocks of all layers in one ranking."""
         totals = self._totals(of)
-        counted = zip(self.left, self.costs(of), strict=True)
-        wanted = kept_of(amount, sum(left * cost for left, cost in counted), of)
+        wanted = kept_of(amount, self.all_left(of), of)
         # The first total that is not below, or the one before it if that is nearer.
         length = int(torch.searchsorted(totals, wanted))
         if length == len(totals) or (
@@ -290,10 +235,10 @@ class Arrangement:
         per_block = self.step // self.group_size
         groups = _sorted(self._by_rank(), self.layer_of_group, descending=False)
         layers = self.layer_of_group[groups]
-        left = _integers(self.left) // self.group_size
+        left = integers(self.left) // self.group_size
         position = torch.arange(groups.numel(), device="cpu") - (left.cumsum(0) - left)[layers]
-        whole = (position < (_integers(self.most) * per_block)[layers]).nonzero().flatten()
-        may_go = position >= (_integers(self.fewest) * per_block)[layers]
+        whole = (position < (integers(self.most) * per_block)[layers]).nonzero().flatten()
+        may_go = position >= (integers(self.fewest) * per_block)[layers]
         shape = (-1, per_block)
         return groups[whole].view(shape), may_go[whole].view(shape)[:, 0]
 
@@ -313,16 +258,40 @@ class Arrangement:
         sums = functools.reduce(torch.add, (scores[groups] for groups in blocks.unbind(1)))
         return blocks[torch.sort(sums, descending=True, stable=True).indices]
 
+    def all_left(self, of: str) -> int:
+        """All channels or parameters that are left."""
+        if of == "parameters" and self.layers.parameters is not None:
+            gone = [all_ - left for all_, left in zip(self.layers.channels, self.left, strict=True)]
+            return sum(each.left(gone.__getitem__) for each in self.layers.parameters)
+        return sum(left * cost for left, cost in zip(self.left, self.costs(of), strict=True))
+
+    def _joint_totals(self, parameters: Sequence[Parameters]) -> Tensor:
+        """As :meth:`_totals`, of the parameters that coupled layers are slices of."""
+        layers = self.layer_of_group[self._ranking[:, 0]]
+
+        @functools.cache
+        def gone(layer: int) -> Tensor:
+            stay = torch.zeros(len(layers) + 1, dtype=torch.int64, device="cpu")
+            torch.cumsum(layers == layer, 0, out=stay[1:])
+            return self.layers.channels[layer] - (stay + self.fewest[layer]) * self.step
+
+        totals = torch.zeros(len(layers) + 1, dtype=torch.int64, device="cpu")
+        for each in parameters:
+            totals += each.left(gone)
+        return totals
+
     def _totals(self, of: str) -> Tensor:
         """What is kept in all when the first 0, 1, 2, ... blocks of the ranking stay."""
+        if of == "parameters" and self.layers.parameters is not None and of not in self._known_totals:
+            self._known_totals[of] = self._joint_totals(self.layers.parameters)
         if of not in self._known_totals:
             costs = self.costs(of)
             required = sum(
                 fewest * self.step * cost for fewest, cost in zip(self.fewest, costs, strict=True)
             )
             layers = self.layer_of_group[self._ranking[:, 0]]
-            steps = _integers(costs)[layers]
-            totals = torch.cat([_integers([required]), steps * self.step])
+            steps = integers(costs)[layers]
+            totals = torch.cat([integers([required]), steps * self.step])
             self._known_totals[of] = totals.cumsum(0)
         return self._known_totals[of]
 

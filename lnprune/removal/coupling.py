@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
 from lnprune.errors import shown
 from lnprune.modules.finding import Choice, Found, Patterns
+from lnprune.modules.parameters import Weight
+from lnprune.modules.values import current_values, weights_by_name
+from lnprune.plans.ranking import Ranking, measure
+from lnprune.plans.rows import Member, Row
 from lnprune.removal import checks
 from lnprune.removal.groups import Attribute, Group, GroupMember, Refused, found_groups, in_order, refusals
 from lnprune.removal.run import followed
 from lnprune.removal.trial import Trial
+from lnprune.steps import reference
+from lnprune.steps.norms import Order
 
 _SECONDS = 30.0
 _LISTED = 4  # so many names are printed of a list
@@ -30,6 +37,68 @@ class Coupling:
         self.groups = groups
         self.refused = refused
         self._model = model
+
+    def rank(self, n: Order, members: Literal["all", "producers"] = "all") -> Ranking:
+        """Measures the channels of each group: the L\\ ``n`` norm of all their slices together.
+
+        What :func:`rank` is for single weights. ``select`` takes the same arguments; a global one with
+        ``normalize="size"`` divides the norms of a group by what ones in all of its slices would have. With
+        ``of="parameters"`` and ``scope="global"`` an amount counts all elements of the parameters that the
+        groups have slices of, biases and norms among them, and elements that two choices share, as where a
+        layer loses inputs and outputs, once.
+
+        Args:
+            n: the order of the norm, as for :func:`ln_structured`.
+            members: the weights that are measured: ``"all"``, those that make the channels and those that
+                read them; or ``"producers"``, those that make them. Biases and what norms multiply and add
+                are not measured: they go with the channels.
+
+        Returns:
+            a :class:`Ranking`, one row for each group, by the name of the group.
+
+        Raises:
+            ValueError: ``members`` is another word; there are no groups.
+            RuntimeError: a parameter has another shape by now; ``n`` is no order of a norm.
+
+        Example:
+            >>> import lnprune
+            >>> import torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+            >>> plan = lnprune.couple(model, torch.randn(2, 8)).rank(n=2).select(0.5)
+            >>> plan.apply(permanent=True)
+            Plan(1 parameters, 8 of 16 channels kept)
+            >>> pruned = ~plan.keep["0.weight"]
+            >>> bool((model[0].bias[pruned] == 0).all()), bool((model[2].weight[:, pruned] == 0).all())
+            (True, True)
+        """
+        if reference.ranks_like_torch():
+            raise RuntimeError(
+                "torch has no ranking of coupled channels: rank outside of reference_ranking()"
+            )
+        if members not in ("all", "producers"):
+            raise ValueError(f"members: expected 'all' or 'producers', got {shown(members)}")
+        if not self.groups:
+            raise ValueError("there are no groups of channels to rank: print(coupling) says why")
+        tensors, masks = current_values(self._weights.values())
+        measured = {weight for row in self._rows[members] for m in row.members for weight in [m.weight]}
+        return measure(
+            self._rows[members], n, {w: t for w, t in tensors.items() if w in measured}, None, masks
+        )
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, Weight]:
+        """The parameters that groups have slices of, by name, with all places that share them."""
+        wanted = dict.fromkeys(member.name for group in self.groups for member in group.members)
+        return weights_by_name(self._model, wanted)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, list[Row]]:
+        """A row for each group, by the word for the members that are measured."""
+        return {
+            word: [_row(group, self._weights, word == "all") for group in self.groups]
+            for word in ("all", "producers")
+        }
 
     def __repr__(self) -> str:
         channels = sum(group.channels for group in self.groups)
@@ -49,6 +118,30 @@ class Coupling:
         lines += ["", "refused:"]
         lines += [f"  {_list(names)}: {reason}" for reason, names in by_reason.items()]
         return "\n".join(lines)
+
+
+def _row(group: Group, weights: Mapping[str, Weight], with_inputs: bool) -> Row:
+    """A group as what a selection ranks; its slices of buffers take no part."""
+    measured: list[Member] = []
+    others: list[Member] = []
+    for member in group.members:
+        weight = weights.get(member.name)
+        if weight is None:
+            continue
+        size = weight.shape[member.dim]
+        is_whole = len(member.slices) == size and bool((member.slices[1:] > member.slices[:-1]).all())
+        in_order = is_whole and group.channels == size and bool((member.channels == member.slices).all())
+        mine = Member(
+            weight,
+            member.dim,
+            None if in_order else member.channels,
+            None,
+            None if is_whole else member.slices,
+        )
+        is_measured = len(weight.shape) > 1 and (with_inputs or member.name in group.makers)
+        is_measured = is_measured and (with_inputs or not member.is_input)
+        (measured if is_measured else others).append(mine)
+    return Row(group.name, group.channels, measured, others)
 
 
 def _place(member: GroupMember) -> str:

@@ -50,7 +50,8 @@ class Trial:
             self._model = copied(model, tensors, lambda name, tensor: _random(name, tensor, dtype))  # noqa: B023
             self._tolerance = tolerance
             self._prepare(model, dtype)
-            found = self._ran(self._model)
+            # A copy, since the code may leave something in the model that it runs.
+            found = self._ran(zeroed(self._model, self._tensors, []))
             if not isinstance(found, str) and all(_is_finite(each) for each in found):
                 break
 
