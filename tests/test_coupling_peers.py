@@ -33,7 +33,7 @@ def ours(group, root):
 def theirs(graph, group, names):
     found = {}
     for item in group:
-        name = names[id(item.dep.target.module)] if id(item.dep.target.module) in names else None
+        name = names.get(id(item.dep.target.module))
         if name is not None:
             is_input = not graph.is_out_channel_pruning_fn(item.dep.handler)
             pairs = set(zip(item.root_idxs, item.idxs, strict=True))

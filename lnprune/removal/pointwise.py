@@ -102,8 +102,8 @@ _ALONE = "element by element: labels stay"
 
 
 @rule(
-    "rand_like randn_like bernoulli native_dropout dropout hardswish hardtanh hardsigmoid nan_to_num "
-    "_fused_dropout",
+    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli native_dropout "
+    "dropout hardswish hardtanh hardsigmoid nan_to_num _fused_dropout",
     _ALONE,
 )
 def alone(labels: Labels, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Planes | list[Planes]:

@@ -57,7 +57,7 @@ def rule(
 
 @rule(
     "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor empty_strided "
-    "new_empty_strided zeros_like ones_like full_like empty_like",
+    "new_empty_strided",
     "equal values: they have as many channels as what they meet",
     reads_all=False,
     makes_uniform=True,

@@ -18,7 +18,7 @@ from lnprune.removal.run import outputs
 from lnprune.torch_internals import tree_map
 
 _TOLERANCE = 1e-9  # of the largest output, in float64
-_SLANTS, _MANY = (0.5, 2.0, 0.5), 32
+_DRAWS, _DRAWS_OF_FEW, _MANY = 3, 16, 32  # few: fewer than many channels
 _OWN_TOLERANCE = 1e-4  # in the model's own dtype, where it does not run in float64
 
 
@@ -38,6 +38,7 @@ class Trial:
         seconds: float,
     ):
         self.runs = 0
+        self._draws = _DRAWS
         self._generator = torch.Generator().manual_seed(0)
         self._until = time.monotonic() + seconds
         self._seconds = seconds
@@ -98,9 +99,20 @@ class Trial:
         self._doubtful = [group for group in doubtful if not taken & _slices([group])]
 
     def finish(self) -> None:
-        """Tries what is like a group that failed."""
+        """Tries what is like a group that failed, and all that can go once more."""
         doubtful, self._doubtful = self._doubtful, []
         self._search(doubtful, with_attributes=False)
+        if not self.good or min(group.channels for group in self.good) >= _MANY:
+            return
+        # What is wrong can go well by chance where there are few channels: more draws, while there is time.
+        for _ in range(_DRAWS_OF_FEW):
+            if time.monotonic() > self._until - self._seconds / 2:
+                return
+            if self._drawn(self.good, _DRAWS) is not None:
+                self._draws = _DRAWS_OF_FEW
+                suspects, self.good = self.good, []
+                self._search(suspects)
+                return
 
     @property
     def has_failed(self) -> bool:
@@ -166,9 +178,7 @@ class Trial:
 
     def _difference(self, groups: Sequence[Group]) -> str | None:
         """What is wrong when half of the channels of groups go; None: nothing."""
-        # What is wrong can go well by chance where there are few channels.
-        draws = len(_SLANTS) if min(group.channels for group in groups) < _MANY else 1
-        for draw in range(draws):
+        for draw in range(self._draws):
             trouble = self._drawn(groups, draw)
             if trouble is not None:
                 return trouble
@@ -177,17 +187,23 @@ class Trial:
     def _drawn(self, groups: Sequence[Group], draw: int) -> str | None:
         """The same for one draw of channels.
 
-        More of the first channels go than of the last, or the other way round. So the channels that stay
-        are elsewhere, and halves of them, as the code may split them, are not halves of all.
+        In the first, the first half goes, so that all that stay move; in the second, the last half.
+        In the third, more of the first channels go than of the last, or the other way round. So halves of
+        what stays, as code may split it, are not halves of all. In others, any number goes.
         """
         self.runs += 1
         cuts, gone = [], []
         for group in groups:
             flags = torch.zeros(group.channels, dtype=torch.bool)
             count = group.channels // 2
-            stays = torch.rand(group.channels, generator=self._generator)
-            sign = 1 - 2 * int(torch.randint(2, (), generator=self._generator))
-            stays += sign * _SLANTS[draw] * torch.linspace(0, 1, group.channels)
+            if draw > 2:
+                count = int(torch.randint(1, group.channels, (), generator=self._generator))
+            stays = torch.linspace(0, 1, group.channels)
+            if draw == 1:
+                stays = -stays
+            elif draw:
+                stays *= 0.5 - int(torch.randint(2, (), generator=self._generator))
+                stays += torch.rand(group.channels, generator=self._generator)
             flags[stays.argsort()[:count]] = True
             cuts += cuts_of(group, flags)
             gone.append(count)
