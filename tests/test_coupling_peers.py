@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import torch_pruning
 from torch import nn
 
 import lnprune
 from tests.small_models import CASES
 from tests.test_coupled_plans import joined
 from tests.test_coupling import residual
+
+torch_pruning = pytest.importorskip("torch_pruning")
 
 NAMES = ["residual", "batch norm", "split in two", "cat", "depthwise", "flatten", "one dim", "transposed"]
 MODELS = {name: (CASES[name].make, CASES[name].shape) for name in NAMES if name != "split in two"}
