@@ -455,6 +455,30 @@ def test_the_trial_is_not_blind_behind_zeros():
     assert lnprune.couple(model, torch.randn(case.shape), check=False).groups != []
 
 
+class Growing(nn.Module):
+    """Where weights are large, so are its values, or so is what a difference like rounding grows to."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(12, 12) for _ in range(3)) for _ in range(24))
+        self.o = nn.Linear(12, 3)
+
+    def forward(self, x):
+        for f, g, h in self.blocks:
+            rounding = 1 + 1e-15 * x.shape[1]
+            x = x + h(f(x) * g(x)) if self.kind == "products" else h(torch.sin(20 * rounding * f(x)))
+        return self.o(x)
+
+
+@pytest.mark.parametrize("kind", ["products", "sines"])
+def test_the_trial_is_not_misled_by_values_or_rounding_that_grow(kind):
+    torch.manual_seed(0)
+    coupling = lnprune.couple(Growing(kind), torch.randn(16, 12))
+    assert not [each for each in coupling.refused if "size" in each.reason], str(coupling)
+    assert len(coupling.groups) >= 24
+
+
 def test_what_there_is_no_time_to_try_is_refused():
     case = CASES["view of a number"]
     coupling = lnprune.couple(case.make(), torch.randn(case.shape), check=1e-9)
