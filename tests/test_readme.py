@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from lnprune.removal.operations import listed
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
 
@@ -50,6 +52,19 @@ def check_whole_models(names):
         assert entry.kept >= 16
 
 
+def check_channels_that_go_together(names):
+    groups, plan, model = names["coupling"].groups, names["plan"], names["model"]
+    assert [(group.name, group.channels) for group in groups] == [
+        ("stem.weight", 16),
+        ("inner.0.weight", 32),
+    ]
+    assert sum(int(flags.sum()) for flags in plan.keep.values()) == 24
+    plan.apply(permanent=True)
+    pruned = ~plan.keep["stem.weight"]
+    for weight in (model.stem.weight[pruned], model.inner[3].weight[pruned], model.head.weight[:, pruned]):
+        assert not weight.any()
+
+
 def check_the_mask(names):
     import lnprune
 
@@ -57,7 +72,7 @@ def check_the_mask(names):
     assert (names["mask"][:, 0] == 1).tolist() == flags.tolist()
 
 
-CHECKS = [check_use, check_whole_models, check_the_mask]
+CHECKS = [check_use, check_whole_models, check_channels_that_go_together, check_the_mask]
 
 
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -105,7 +120,17 @@ def check_heads(names):
         assert len(pruned) == 2 * size
 
 
-DOCS_CHECKS = {"training.md": check_training, "models.md": check_heads}
+def check_coupling(names):
+    """The page shows what a coupling prints, and the plan that was loaded zeroes whole channels."""
+    page = (ROOT / "docs" / "coupling.md").read_text()
+    assert f"```\n{names['coupling']}\n```" in page
+    model, pruned = names["model"], ~names["plan"].keep["first.weight"]
+    assert pruned.any()
+    for weight in (model.first.weight.T, model.outer.weight.T, model.inner.weight, model.last.weight):
+        assert torch.equal((weight == 0).all(dim=0), pruned)
+
+
+DOCS_CHECKS = {"training.md": check_training, "models.md": check_heads, "coupling.md": check_coupling}
 
 
 def test_what_resumed_trains_as_what_was_saved(tmp_path, monkeypatch):
@@ -123,6 +148,12 @@ def test_what_resumed_trains_as_what_was_saved(tmp_path, monkeypatch):
         names["train"](model, optimizer, 5)
     for (name, left), (_, right) in zip(*(m.named_parameters() for m, _ in (saved, resumed)), strict=True):
         assert torch.equal(left, right), name
+
+
+def test_the_list_of_operations_is_the_table_of_rules():
+    page = (ROOT / "docs" / "coupling.md").read_text()
+    found = page.partition("<!-- made by lnprune.removal.operations.listed() -->")[2]
+    assert found.partition("<!--")[0].strip() == listed()
 
 
 def test_each_block_of_the_readme_has_a_check():
@@ -149,11 +180,13 @@ def test_commands_that_pages_name_are_there(page):
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 
-def test_the_picture_of_the_masks_is_what_its_script_draws(tmp_path):
-    (tmp_path / "masks.py").write_text((ROOT / "docs" / "masks.py").read_text())
-    subprocess.run([sys.executable, tmp_path / "masks.py"], check=True, cwd=ROOT)
+@pytest.mark.parametrize("name", ["masks", "coupling"])
+def test_pictures_are_what_their_scripts_draw(name, tmp_path):
+    script = tmp_path / f"{name}.py"
+    script.write_text((ROOT / "docs" / f"{name}.py").read_text())
+    subprocess.run([sys.executable, script], check=True, cwd=ROOT)
     image = pytest.importorskip("matplotlib.image")
-    drawn, kept = (image.imread(folder / "masks.png") for folder in (tmp_path, ROOT / "docs"))
+    drawn, kept = (image.imread(folder / f"{name}.png") for folder in (tmp_path, ROOT / "docs"))
     assert drawn.shape == kept.shape
     # Fonts may differ by a little.
     assert abs(drawn - kept).mean() < 0.01
