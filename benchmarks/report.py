@@ -185,6 +185,10 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "over_peer": lambda value: f"{value:.2f} x",
     "compiled_speedup": lambda value: f"{value:.2f} x",
     "rank": _time,
+    "labels": _time,
+    "forward": _time,
+    "with_trial": _time,
+    "over_forward": lambda value: f"{value:.2f}",
     "select": _time,
     "over_rank": lambda value: f"{value:.3f}",
     "bytes_per_channel": lambda value: f"{value:.0f}",
@@ -221,6 +225,9 @@ TITLES = {
     "peak": "peak, in weights",
     "torch_peak": "torch's peak, in weights",
     "beyond_outputs": "beyond the outputs",
+    "labels": "couple, no trial",
+    "with_trial": "couple",
+    "over_forward": "no trial / forward",
     "select": "one selection",
     "over_rank": "selection / rank",
     "bytes_per_channel": "bytes per channel",
@@ -233,7 +240,9 @@ def show(row: Row) -> None:
     keys = [key for key in row if key in FORMATS and key not in ("correct", "settled")]
     figures = "  ".join(f"{TITLES.get(key, key)} {cell(key, row)}" for key in keys)
     names = [f"{row['shape']:>18}", f"{row['dtype']:>8}"] if "dtype" in row else []
-    names += [str(row[key]) for key in ("call", "selection", "channels", "normalize") if key in row]
+    names += [
+        str(row[key]) for key in ("call", "model", "selection", "channels", "normalize") if key in row
+    ]
     names += [f"{key} {row[key]:>{width}}" for key, width in (("dim", 1), ("n", 4)) if key in row]
     print(
         f"{' '.join(names)}  {figures}{'  WRONG: ' + row['fault'] if row.get('fault') else ''}", flush=True

@@ -13,7 +13,19 @@ import torch
 from torch import nn
 
 import lnprune
-from benchmarks import calls, cpu, cpu_report, cuda, cuda_report, lists, models, peers, program, report
+from benchmarks import (
+    calls,
+    coupling,
+    cpu,
+    cpu_report,
+    cuda,
+    cuda_report,
+    lists,
+    models,
+    peers,
+    program,
+    report,
+)
 from benchmarks.program import FRESH, RECYCLED, RECYCLING, Options
 from benchmarks.resnet50 import resnet50
 from benchmarks.shapes import (
@@ -469,7 +481,7 @@ README = ROOT / report.README
 RESULTS = ROOT / report.RESULTS
 
 
-@pytest.mark.parametrize("name", ["cpu", "models"])
+@pytest.mark.parametrize("name", ["cpu", "models", "coupling"])
 def test_the_readme_says_what_the_page_says(name):
     lines = report.marked(README, f"benchmarks.{name}")
     assert lines.count("\n") >= 4
@@ -477,7 +489,7 @@ def test_the_readme_says_what_the_page_says(name):
     assert not (RESULTS / f"{name}.json").exists()
 
 
-@pytest.mark.parametrize("name", ["cpu", "models", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "models", "cuda", "coupling"])
 def test_the_pages_are_one_screen_of_figures(name):
     page = (RESULTS / f"{name}.md").read_text()
     assert len(page.splitlines()) <= 66
@@ -607,6 +619,40 @@ def test_slower_calls_are_named(cpu_sections):
         "none of 4; norms alone 5 of 8 (the slowest 8 x 8 float32 dim 0 n 2: 0.25 x; of 1 MiB and more "
         "600 x 700 float32 dim 0 n 2: 0.25 x)."
     )
+
+
+def test_the_page_of_coupled_channels_says_what_its_figures_say():
+    sections = {
+        "labels": [
+            {"model": "ResNet-50", "groups": 37, "labels": 0.4, "forward": 0.2, "with_trial": 6.0}
+            | {"over_forward": 2.0, "state": program.RECYCLED}
+        ],
+        "ranking": [
+            {"call": call, "correct": True, "lnprune": 0.01, "peer": 0.09, "over_peer": 9.0, "state": state}
+            for call in coupling.SPEEDUPS
+            for state in (program.RECYCLED, program.FRESH)
+        ],
+    }
+    assert set(sections) == set(coupling.PROGRAM.sections)
+    machine = report.environment("benchmarks.coupling") | TRUST
+    assert [verdict.met for verdict in coupling.verdicts(sections)] == [True] * 5
+    page = coupling.markdown(machine, sections, 60.0)
+    assert "\n".join(coupling.speed_lines(machine, sections)) in page
+    assert "| again | memory as a process starts | yes | 10.00 ms | 90.00 ms | 9.00 x |" in page
+    sections["labels"][0]["labels"] = 1.01
+    sections["ranking"][2] |= {"over_peer": 7.9, "correct": False, "fault": "on purpose"}
+    assert [verdict.met for verdict in coupling.verdicts(sections)] == [False, True, True, False, True]
+    assert "on purpose" in coupling.markdown(machine, sections, 60.0)
+
+
+def test_norms_of_coupled_channels_are_checked_before_they_are_timed():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    coupled = lnprune.couple(model, torch.randn(2, 3))
+    assert coupling.fault_of(coupled, model) is None
+    ranked = coupled.rank(2)
+    coupled.rank = lambda n: ranked
+    model[0].weight.data[2] += 1
+    assert "relative error" in coupling.fault_of(coupled, model)
 
 
 def test_the_page_of_whole_models_says_what_its_figures_say():
