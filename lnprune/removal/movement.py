@@ -295,7 +295,7 @@ def copy(labels: Labels, out: Tensor, x: Tensor, source: Tensor, *args: Any, **k
     return [aligned(plane, x.dim()) for plane in planes]
 
 
-@rule("fill zero", MOVES, reads_all=False)
+@rule("fill zero", "what is written has no labels", reads_all=False)
 def fill(labels: Labels, out: Tensor, *args: Any, **kwargs: Any) -> Planes:
     return []
 
