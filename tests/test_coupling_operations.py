@@ -20,6 +20,7 @@ LAYERS: list[Callable[[int, int], nn.Module]] = [
     lambda i, o: nn.Conv3d(i, o, 1),
 ]
 SHAPES = [(4, 6), (2, 6, 6), (2, 6, 6, 6), (2, 6, 4, 4, 4)]
+BACKWARD = torch.arange(8).flip(0).expand(4, 8)
 INDEX = torch.tensor([2, 0, 1, 3])
 
 
@@ -139,9 +140,25 @@ KEPT: dict[str, tuple[int, Callable]] = {
 }
 # What it crosses or takes by number cannot go, with the reason.
 REFUSED: dict[str, tuple[int, Callable, str]] = {
-    "take_along_dim": (0, lambda x, p: x + aten.take_along_dim(x, x.argsort(1), 1), "cross"),
-    "scatter_add": (0, lambda x, p: aten.scatter_add(x, 1, x.argsort(1), x), "cross"),
-    "scatter_reduce": (0, lambda x, p: aten.scatter_reduce(x, 1, x.argsort(1), x, "sum"), "cross"),
+    "take_along_dim": (0, lambda x, p: aten.take_along_dim(x, BACKWARD, 1), ""),
+    "gather": (0, lambda x, p: aten.gather(x, 1, BACKWARD), ""),
+    "scatter": (0, lambda x, p: aten.scatter(x, 1, BACKWARD, x), ""),
+    "scatter_add": (0, lambda x, p: aten.scatter_add(x, 1, BACKWARD, x), ""),
+    "scatter_reduce": (0, lambda x, p: aten.scatter_reduce(x, 1, BACKWARD, x, "sum"), ""),
+    "index_copy": (0, lambda x, p: aten.index_copy(x, 1, INDEX, x[:, :4]), ""),
+    "index_fill": (0, lambda x, p: aten.index_fill(x, 1, INDEX, 0.0), ""),
+    "cumprod": (0, lambda x, p: aten.cumprod(x, 1), "cross"),
+    "cummax": (0, lambda x, p: aten.cummax(x, 1)[0], "cross"),
+    "cummin": (0, lambda x, p: aten.cummin(x, 1)[0], "cross"),
+    "logcumsumexp": (0, lambda x, p: aten.logcumsumexp(x, 1), "cross"),
+    "sort": (0, lambda x, p: aten.sort(x, 1)[0], "cross"),
+    "_log_softmax": (0, lambda x, p: aten._log_softmax(x, 1, False), "cross"),
+    "log_softmax": (0, lambda x, p: aten.log_softmax(x, 1), "cross"),
+    "_safe_softmax": (0, lambda x, p: aten._safe_softmax(x, 1), "cross"),
+    **{
+        name: (0, lambda x, p, name=name: x * getattr(aten, name)(x, [1], keepdim=True), "cross")
+        for name in ("var", "std", "mean", "amax", "amin")
+    },
     "index_reduce": (0, lambda x, p: aten.index_reduce(x, 1, INDEX, x[:, :4], "mean"), ""),
     "fill": (0, lambda x, p: x + aten.fill(x, 2.0), "without channels"),
     "zero": (0, lambda x, p: x + aten.zero(x), "without channels"),
@@ -149,6 +166,26 @@ REFUSED: dict[str, tuple[int, Callable, str]] = {
     "bincount": (0, lambda x, p: x * p + aten.bincount((p * 4).long())[:1], "by Python"),
     "_fused_rms_norm": (0, lambda x, p: aten._fused_rms_norm(x, [8], p, 1e-5)[0], "cross"),
 }
+
+
+# For other devices than the CPU of the tests; their rules are those of operations that are tested.
+OTHERS = {
+    "_fused_dropout": "native_dropout",
+    "cudnn_batch_norm": "native_batch_norm",
+    "_batch_norm_with_update": "native_batch_norm",
+    "_convolution": "convolution",
+    "convolution_overrideable": "convolution",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rules_of_other_devices_are_those_of_the_cpu(name):
+    assert RULES[name].function is RULES[OTHERS[name]].function
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_there_is_such_an_operation(name):
+    assert hasattr(aten, name) or hasattr(aten, f"{name}_")
 
 
 def ran(model, dims, name, monkeypatch):

@@ -120,7 +120,7 @@ def _window(name: str, dims: int) -> None:
 
 
 _WINDOWS = (
-    "avg_pool adaptive_avg_pool _adaptive_avg_pool max_pool adaptive_max_pool upsample_nearest "
+    "avg_pool adaptive_avg_pool max_pool adaptive_max_pool upsample_nearest "
     "_upsample_nearest_exact reflection_pad replication_pad"
 )
 for _name in _WINDOWS.split():
@@ -129,8 +129,8 @@ for _name in _WINDOWS.split():
 _WINDOWS_OF_DIMS = {
     1: "max_pool1d_with_indices upsample_linear1d",
     2: "max_pool2d_with_indices upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa grid_sampler_2d mkldnn_adaptive_avg_pool2d",
-    3: "max_pool3d_with_indices upsample_trilinear3d",
+    "_upsample_bicubic2d_aa grid_sampler_2d _adaptive_avg_pool2d mkldnn_adaptive_avg_pool2d",
+    3: "max_pool3d_with_indices upsample_trilinear3d _adaptive_avg_pool3d",
 }
 for _dims, _names in _WINDOWS_OF_DIMS.items():
     for _name in _names.split():
