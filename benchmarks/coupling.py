@@ -25,7 +25,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-50": resnet50, "ViT-B/16":
 IMAGES = (2, 3, 224, 224)
 # What finding the channels may take: so many forwards, and so many seconds besides.
 FORWARDS, SECONDS = 4, 0.2
-FIRST, AGAIN = "first, with the index tensors", "again"
+FIRST, AGAIN = "first", "again"
 SPEEDUPS = {FIRST: 4, AGAIN: 8}
 MEMORY = {RECYCLED: "memory used before", FRESH: "memory as a process starts"}
 
@@ -128,10 +128,12 @@ def verdicts(sections: Sections) -> list[Verdict]:
 def speed_lines(machine: dict[str, Any], sections: Sections) -> list[str]:
     """What the README says of the speed."""
     lines = report.table(sections["labels"])
+    by_memory: dict[str, list[str]] = {}
     for row in sections["ranking"]:
-        speedup = report.cell("over_peer", row)
-        name = f"Ranking ResNet-50's groups, {row['call']}, {MEMORY[row['state']]}"
-        lines += ["", f"{name}: {speedup} against Torch-Pruning."]
+        by_memory.setdefault(MEMORY[row["state"]], []).append(f"{row['call']} {row['over_peer']:.1f} x")
+    said = "; ".join(f"{memory}, {', '.join(found)}" for memory, found in by_memory.items())
+    if said:
+        lines += ["", f"Ranking ResNet-50's groups, Torch-Pruning's time over ours: {said}."]
     return lines
 
 
@@ -151,7 +153,8 @@ def markdown(machine: dict[str, Any], sections: Sections, seconds: float) -> str
         "",
         *speed_lines(machine, sections),
         "",
-        "`rank(2)` of ResNet-50's groups, against Torch-Pruning's `GroupMagnitudeImportance` of the same "
+        "`rank(2)` of ResNet-50's groups, first with a new coupling's index tensors and again, against "
+        "Torch-Pruning's `GroupMagnitudeImportance` of the same "
         "groups. Norms were checked against sums in float64.",
         "",
         *(report.table(ranking) if ranking else ["Not measured in this run."]),

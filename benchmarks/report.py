@@ -187,7 +187,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "rank": _time,
     "labels": _time,
     "forward": _time,
-    "with_trial": _time,
+    "with_trial": lambda value: f"{value:.1f} s",
     "over_forward": lambda value: f"{value:.2f}",
     "select": _time,
     "over_rank": lambda value: f"{value:.3f}",
