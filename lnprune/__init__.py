@@ -30,6 +30,7 @@ from lnprune.plans.plan import Plan
 from lnprune.plans.plan_file import PlanEntry
 from lnprune.plans.ranking import Ranking
 from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
+from lnprune.removal.compact import compact
 from lnprune.removal.coupling import Coupling, couple
 from lnprune.removal.groups import Group, GroupMember, Refused
 from lnprune.removal.sizes import size_setter
@@ -62,6 +63,7 @@ __all__ = [
     "Refused",
     "channel_mask",
     "channel_norms",
+    "compact",
     "couple",
     "custom_from_mask",
     "global_structured",

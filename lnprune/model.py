@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from lnprune.plans.plan import Plan, loaded
 from lnprune.plans.ranking import Ranking, measure
 from lnprune.plans.rows import Member, Row
 from lnprune.plans.selection import Normalize, Of
+from lnprune.removal.removed import removed_of
 from lnprune.steps import reference
 from lnprune.steps.flags import Amount
 from lnprune.steps.in_place import write_in_place
@@ -277,10 +279,13 @@ def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
         Plan(1 parameters, 2 of 4 channels kept)
     """
     saved = plan_file.read(path)
-    if saved.members is None:
+    if saved.groups is None:
         pairs = zip(saved.entries, saved.names, strict=True)
         weights = [Weight(names, entry.shape) for entry, names in pairs]
-    else:
-        members = {member.names[0]: member for group in saved.members for member in group}
-        weights = [Weight(member.names, member.shape) for member in members.values()]
-    return loaded(saved, placed(weights, parameters))
+        return loaded(saved, placed(weights, parameters))
+    held = {}
+    for group in saved.groups:
+        held.update({member.names[0]: member for member in group.members if not member.is_buffer})
+    weights = placed([Weight(member.names, member.shape) for member in held.values()], parameters)
+    model = parameters if isinstance(parameters, nn.Module) else None
+    return loaded(saved, weights, functools.partial(removed_of, saved, model))

@@ -87,7 +87,7 @@ def test_what_can_be_written_can_be_read(plan, tmp_path_factory):
     found = plan_file.read(path)
     assert as_text(found.n) == as_text(plan[0])
     assert as_text(list(found)[: len(plan)]) == as_text(list(plan))
-    assert found.members is None
+    assert found.groups is None
     assert plan_file.document(*found) == document
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lnprune.errors import check_flags, shown
 from lnprune.modules.application import Application, Part, Slices, Weight
 from lnprune.plans import plan_file, report
-from lnprune.plans.plan_file import PlanEntry, SavedMember, SavedPlan
+from lnprune.plans.plan_file import PlanEntry, SavedPlan
 from lnprune.plans.rows import merged
+from lnprune.plans.saved_groups import Coupled, SavedGroup
+
+NOT_COUPLED = (
+    "compact needs a plan that says what reads the channels, got one of single weights: make it from "
+    "couple(model, example_inputs).rank(...)"
+)
 
 
 class Details(NamedTuple):
@@ -50,7 +56,7 @@ class Plan:
         flags: Sequence[Tensor],  # bool, of the channels of each parameter, on the CPU
         details: Callable[[], Details],  # asked once, when they are wanted
         slices: Callable[[], Sequence[Slices]],  # what the flags prune of the model's weights
-        by_group: Callable[[], Sequence[Sequence[Slices]]] | None = None,  # of coupled channels, for each
+        coupled: Callable[[], Coupled] | None = None,  # of coupled channels, where they are in it
     ):
         self.n = n
         self.selection = selection
@@ -58,12 +64,16 @@ class Plan:
         self._flags = flags
         self._make_details = details
         self._slices = slices
-        self._by_group = by_group
+        self._make_coupled = coupled
         self._application: Application | None = None
 
     @functools.cached_property
     def _details(self) -> Details:
         return self._make_details()
+
+    @functools.cached_property
+    def _coupled(self) -> Coupled | None:
+        return None if self._make_coupled is None else self._make_coupled()
 
     @property
     def entries(self) -> list[PlanEntry]:
@@ -110,15 +120,13 @@ class Plan:
         """The plan as numbers, strings, lists and dicts, as :meth:`save` writes it.
 
         ``pruned`` are the indices of all channels that are not kept, those pruned before among them;
-        ``shared_with`` are the weight's other names. Of coupled channels, ``members`` are the weights that
-        they are slices of.
+        ``shared_with`` are the weight's other names. Of coupled channels, ``members`` are the parameters
+        and buffers that they are slices of, and ``attributes`` those of modules that hold their number.
         """
         entries, names, cut, _, elements = self._details
         pruned = [(~keep).nonzero().flatten().tolist() for keep in self._flags]
-        members = None
-        if self._by_group is not None:
-            members = [[_saved(slices) for slices in group] for group in self._by_group()]
-        return plan_file.document(self.n, self.selection, entries, names, pruned, cut, members, elements)
+        groups = None if self._coupled is None else self._coupled.groups
+        return plan_file.document(self.n, self.selection, entries, names, pruned, cut, groups, elements)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
@@ -180,12 +188,63 @@ class Plan:
                 "keep_backup=True keeps what permanent=True overwrites: masks overwrite nothing, and "
                 "undo() takes them back without it"
             )
-        if bias and self._by_group is not None:
+        if bias and self._make_coupled is not None:
             raise ValueError("bias: the biases of coupled channels go with them, without bias=True")
         if self._application is not None:
             raise RuntimeError("this plan is applied already: undo() it first, or select another")
         self._application = Application(self._slices(), self.n, permanent, bias, keep_backup)
         return self
+
+    def compact(
+        self, verify: bool = True, inplace: bool = False, *, example_inputs: Any = None
+    ) -> nn.Module:
+        """A model without the coupled channels that the plan prunes: smaller and faster.
+
+        It computes what the model computes with zeros in four places: where the channels are made, in their
+        biases, in what norms multiply and add, and where they are read. That is what :meth:`apply` leaves,
+        so a plan may be applied before, and the model trained with its masks: these go with the channels.
+        All else is as in the model: modes, ``requires_grad``, hooks, shared weights, dtypes, devices and
+        memory formats. An optimizer has to be made anew, since the parameters are others.
+
+        Args:
+            verify: compare outputs with those of the model with zeros, in float64, in eval mode: on the
+                example inputs and on random ones of another batch size, with the model's parameters and
+                with random ones, behind which no zeros hide anything. They have to agree to 1e-9 of the
+                largest output. Models that do not run in float64, or whose outputs change when their
+                parameters are rounded otherwise, are compared more coarsely.
+            inplace: change the model itself. Its modules, and parameters that keep their shapes, stay the
+                objects that they are.
+            example_inputs: what to verify with, as for :func:`couple`; None: what was given to it.
+
+        Returns:
+            the small model: a new one, or with ``inplace`` the model. Beside the large model that takes the
+            memory of the small one and, to verify, of two copies of the large one in float64.
+
+        Raises:
+            RuntimeError: the plan is none of coupled channels; or outputs differ. The message says by how
+                much, and from which groups.
+            ValueError: a group would keep no channels; there are no example inputs, as for a plan from a
+                file; or the model has other shapes by now.
+
+        In each case the model is as it was.
+
+        Example:
+            >>> import lnprune
+            >>> import torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+            >>> plan = lnprune.couple(model, torch.randn(2, 8)).rank(n=2).select(0.5)
+            >>> plan.compact()
+            Sequential(
+              (0): Linear(in_features=8, out_features=8, bias=True)
+              (1): ReLU()
+              (2): Linear(in_features=8, out_features=4, bias=True)
+            )
+        """
+        check_flags(verify=verify, inplace=inplace)
+        if self._coupled is None:
+            raise RuntimeError(NOT_COUPLED)
+        return self._coupled.compact(verify, inplace, example_inputs)
 
     def undo(self) -> Plan:
         """Takes back what :meth:`apply` did: masks, hooks and, with ``keep_backup``, values, bit for bit.
@@ -208,39 +267,36 @@ class Plan:
         return self
 
 
-def loaded(saved: SavedPlan, weights: Sequence[Weight]) -> Plan:
-    """The plan of a file, for weights of its names."""
+def loaded(
+    saved: SavedPlan, weights: Sequence[Weight], coupled: Callable[[], Coupled] | None = None
+) -> Plan:
+    """The plan of a file, for weights of its names; ``coupled`` is for one of coupled channels."""
     flags = [
         _flags(entry.channels, pruned) for entry, pruned in zip(saved.entries, saved.pruned, strict=True)
     ]
     details = Details(saved.entries, saved.names, saved.cut, None, saved.elements)
     names = [entry.name for entry in saved.entries]
-    if saved.members is None:
-        slices = [
-            Slices(weight, entry.dim, keep)
-            for weight, entry, keep in zip(weights, saved.entries, flags, strict=True)
-        ]
-        return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: slices)
-    by_name = {weight.name: weight for weight in weights}
-    by_group = []
-    for members in saved.members:
-        found = []
-        for member in members:
-            keep = _flags(member.slices, member.pruned)
-            part = None if member.part is None else Part(*member.part)
-            found.append(Slices(by_name[member.names[0]], member.dim, keep, part))
-        by_group.append(found)
-    together = merged([slices for group in by_group for slices in group])
-    return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: together, lambda: by_group)
+    slices = []
+    if saved.groups is None:
+        for weight, entry, keep in zip(weights, saved.entries, flags, strict=True):
+            slices.append(Slices(weight, entry.dim, keep))
+    else:
+        by_name = {weight.name: weight for weight in weights}
+        slices = merged(_slices(saved.groups, by_name))
+    return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: slices, coupled)
+
+
+def _slices(groups: Sequence[SavedGroup], weights: Mapping[str, Weight]) -> Iterator[Slices]:
+    """What groups prune of weights, by their names; buffers stay as they are."""
+    for group in groups:
+        for member in group.members:
+            if not member.is_buffer:
+                part = None if member.part is None else Part(*member.part)
+                keep = _flags(member.slices, member.pruned)
+                yield Slices(weights[member.names[0]], member.dim, keep, part)
 
 
 def _flags(channels: int, pruned: Sequence[int]) -> Tensor:
     keep = torch.ones(channels, dtype=torch.bool, device="cpu")
     keep[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
     return keep
-
-
-def _saved(slices: Slices) -> SavedMember:
-    pruned = (~slices.keep).nonzero().flatten().tolist()
-    part = None if slices.part is None else (slices.part.dim, slices.part.start, slices.part.length)
-    return SavedMember(slices.weight.names, slices.weight.shape, slices.dim, pruned, part)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from lnprune.errors import per_name
-from lnprune.modules.application import Slices, Weight
+from lnprune.modules.application import Weight
 from lnprune.plans.layers import Layers, Parameters
-from lnprune.plans.plan import Details, Plan
+from lnprune.plans.plan import NOT_COUPLED, Details, Plan
 from lnprune.plans.plan_file import PlanEntry
 from lnprune.plans.rows import Row, flags_of_weights, joint_sizes, row_counts, row_norms
+from lnprune.plans.saved_groups import Coupled, SavedGroup, SavedMember
 from lnprune.plans.selection import LEAST, WORDS, Arrangement, Normalize, Of, Scope
 from lnprune.steps.flags import Amount
 from lnprune.steps.local import is_wrapper, on_cpu
@@ -30,6 +31,7 @@ def measure(
     tensors: Mapping[Weight, Tensor],
     scores: Mapping[Weight, Tensor] | None = None,
     masks: Mapping[Weight, Tensor] | None = None,
+    coupled: Callable[[Sequence[Tensor]], Coupled] | None = None,
 ) -> Ranking:
     """Measures the channels of rows.
 
@@ -39,6 +41,7 @@ def measure(
         tensors: the values of each weight as they are, wherever it lives.
         scores: what is ranked in their place; None: the values.
         masks: those of weights that have one.
+        coupled: as for :class:`Ranking`.
     """
     scores, masks = tensors if scores is None else scores, masks or {}
     norms = row_norms(rows, scores, n)
@@ -62,6 +65,7 @@ def measure(
         norms,
         dict(zip(masked, mask_counts, strict=True)),
         dict(zip(counted, element_counts, strict=True)),
+        coupled,
     )
 
 
@@ -76,12 +80,15 @@ class Ranking:
         mask_counts: Mapping[int, Tensor] | None = None,  # of masked rows: nonzero mask elements
         # Of rows whose norms are 0 for other channels than those of zeros: nonzero elements.
         element_counts: Mapping[int, Tensor] | None = None,
+        # Of coupled channels: from keep flags of all rows to where the channels that go are in the model.
+        coupled: Callable[[Sequence[Tensor]], Coupled] | None = None,
     ):
         self.n = n
         self._rows = rows
         self._norms = norms
         self._mask_counts = mask_counts or {}
         self._element_counts = element_counts or {}
+        self._goes = functools.partial(_slices, rows) if coupled is None else coupled
         self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
 
     @property
@@ -230,13 +237,30 @@ class Ranking:
             keep,
             functools.partial(_details, self._rows, arrangement, flags, selection),
             functools.partial(flags_of_weights, self._rows, keep),
-            None if self._layers.parameters is None else functools.partial(_by_row, self._rows, keep),
+            None if self._layers.parameters is None else functools.partial(self._goes, keep),
         )
 
 
-def _by_row(rows: Sequence[Row], keep: Sequence[Tensor]) -> list[list[Slices]]:
+class _Slices(NamedTuple):
+    """What goes of rows of which no one knows what reads their channels."""
+
+    groups: list[SavedGroup]
+
+    def compact(self, verify: bool, inplace: bool, example_inputs: Any) -> NoReturn:
+        raise RuntimeError(NOT_COUPLED)
+
+
+def _slices(rows: Sequence[Row], keep: Sequence[Tensor]) -> _Slices:
     """What each row's flags prune."""
-    return [flags_of_weights([row], [flags]) for row, flags in zip(rows, keep, strict=True)]
+    groups = []
+    for row, flags in zip(rows, keep, strict=True):
+        members = []
+        for weight, dim, kept, part in flags_of_weights([row], [flags]):
+            pruned = (~kept).nonzero().flatten().tolist()
+            bounds = None if part is None else (part.dim, part.start, part.length)
+            members.append(SavedMember(weight.names, weight.shape, dim, pruned, bounds))
+        groups.append(SavedGroup(members, []))
+    return _Slices(groups)
 
 
 def _details(

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lnprune.removal.groups import Attribute, Group
+from lnprune.plans.saved_groups import Attribute
+from lnprune.removal.groups import Group
 from lnprune.removal.sizes import setter_of
 
 

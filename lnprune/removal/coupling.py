@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lnprune.errors import shown
 from lnprune.modules.finding import Choice, Found, Patterns
@@ -14,8 +14,11 @@ from lnprune.modules.parameters import Weight
 from lnprune.modules.values import current_values, weights_by_name
 from lnprune.plans.ranking import Ranking, measure
 from lnprune.plans.rows import Member, Row
+from lnprune.plans.saved_groups import Attribute, SavedGroup, SavedMember
 from lnprune.removal import checks
-from lnprune.removal.groups import Attribute, Group, GroupMember, Refused, found_groups, in_order, refusals
+from lnprune.removal.comparison import Inputs
+from lnprune.removal.groups import Group, GroupMember, Refused, found_groups, in_order, refusals
+from lnprune.removal.removed import Removed
 from lnprune.removal.run import followed
 from lnprune.removal.trial import Trial
 from lnprune.steps import reference
@@ -33,10 +36,13 @@ class Coupling:
         refused: the slices that cannot, and why.
     """
 
-    def __init__(self, model: nn.Module, groups: list[Group], refused: list[Refused]):
+    def __init__(
+        self, model: nn.Module, groups: list[Group], refused: list[Refused], inputs: Inputs | None = None
+    ):
         self.groups = groups
         self.refused = refused
         self._model = model
+        self._inputs = inputs  # what verifies a model without channels
 
     def rank(self, n: Order, members: Literal["all", "producers"] = "all") -> Ranking:
         """Measures the channels of each group: the L\\ ``n`` norm of all their slices together.
@@ -83,7 +89,36 @@ class Coupling:
         tensors, masks = current_values(self._weights.values())
         measured = {weight for row in self._rows[members] for m in row.members for weight in [m.weight]}
         return measure(
-            self._rows[members], n, {w: t for w, t in tensors.items() if w in measured}, None, masks
+            self._rows[members],
+            n,
+            {weight: tensor for weight, tensor in tensors.items() if weight in measured},
+            None,
+            masks,
+            self._removed,
+        )
+
+    def _removed(self, keep: Sequence[Tensor]) -> Removed:
+        """What goes with the channels that are not kept."""
+        groups = []
+        for group, flags in zip(self.groups, keep, strict=True):
+            members = []
+            for member in group.members:
+                weight = self._weights.get(member.name)
+                names = [member.name] if weight is None else weight.names
+                pruned = member.slices[~flags[member.channels]].sort().values.tolist()
+                members.append(
+                    SavedMember(
+                        names, member.shape, member.dim, pruned, None, member.is_input, weight is None
+                    )
+                )
+            groups.append(SavedGroup(members, group.attributes))
+        return Removed(
+            self._model,
+            [group.name for group in self.groups],
+            [group.channels for group in self.groups],
+            [int((~flags).sum()) for flags in keep],
+            groups,
+            self._inputs,
         )
 
     @functools.cached_property
@@ -233,7 +268,7 @@ def couple(
         groups = in_order(trial.good, tensors)
         refused += [each for group, reason in trial.bad for each in refusals(group, reason)]
     groups, left_out = _chosen(model, groups, refused, include, exclude)
-    return Coupling(model, groups, refused + left_out)
+    return Coupling(model, groups, refused + left_out, (args, kwargs))
 
 
 def _seconds(check: Any) -> float | None:

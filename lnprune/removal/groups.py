@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lnprune.plans.saved_groups import Attribute
 from lnprune.removal.labels import NOT_CHANNELS, Classes, Labels, Slot
 
 _ALONE = "has channels of which nothing was found that makes or reads them"
@@ -33,22 +34,6 @@ class GroupMember(NamedTuple):
     slices: Tensor
     channels: Tensor
     is_input: bool
-
-
-class Attribute(NamedTuple):
-    """An attribute of a module that holds a size: so many of it for each channel of a group.
-
-    Attributes:
-        path: of the module.
-        name: of the attribute.
-        position: where in the attribute, if that is a tuple or list; None: it is the number itself.
-        per_channel: how much smaller it is for each channel that goes.
-    """
-
-    path: str
-    name: str
-    position: int | None
-    per_channel: int
 
 
 @dataclass(eq=False)

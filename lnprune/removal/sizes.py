@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lnprune.modules.finding import is_masked
 from lnprune.torch_internals import own_buffers, own_parameters
 
 # Of a module whose slices are gone and the shapes that its parameters and buffers had: sets its attributes.
@@ -48,9 +49,14 @@ def size_setter(kind: type[nn.Module] | str) -> Callable[[Setter], Setter]:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's own parameters and buffers."""
-    owned = [*own_parameters(module).items(), *own_buffers(module).items()]
-    return {name: tuple(tensor.shape) for name, tensor in owned if tensor is not None}
+    """The shapes of a module's own parameters and buffers; of masked ones under their own names."""
+    found = {}
+    for name, tensor in [*own_parameters(module).items(), *own_buffers(module).items()]:
+        stem = name.removesuffix("_orig")
+        name = stem if stem != name and is_masked(module, stem) else name
+        if tensor is not None and not (name.endswith("_mask") and is_masked(module, name[:-5])):
+            found[name] = tuple(tensor.shape)
+    return found
 
 
 def setter_of(module: nn.Module) -> Setter | None:

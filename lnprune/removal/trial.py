@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lnprune.plans.saved_groups import Attribute
 from lnprune.removal.attributes import candidates, tries
-from lnprune.removal.cutting import copied, cuts_of, settings_for, without, zeroed
-from lnprune.removal.groups import Attribute, Group
-from lnprune.removal.run import outputs
-from lnprune.torch_internals import tree_map
+from lnprune.removal.comparison import Subject
+from lnprune.removal.cutting import cuts_of, settings_for
+from lnprune.removal.groups import Group
 
-_TOLERANCE = 1e-9  # of the largest output, in float64
 _DRAWS, _DRAWS_OF_FEW, _MANY = 3, 16, 32  # few: fewer than many channels
-_OWN_TOLERANCE = 1e-4  # in the model's own dtype, where it does not run in float64
-_SCALES = 1.0, 0.5, 0.25  # of random weights: where layers multiply each other, rounding would grow
-_NOISE = 1e-13
 
 
 class Trial:
-    """Tries groups of a model on copies of it whose parameters are random.
-
-    The random values matter: behind weights of zeros, as in layers that are initialised so, any group would
-    look right.
-    """
+    """Tries groups of a model on copies of it whose parameters are random."""
 
     def __init__(
         self,
@@ -48,46 +38,8 @@ class Trial:
         self._known: list[tuple[str, ...]] = []  # names of attributes that made groups right
         self._doubtful: list[Group] = []  # what is like a group that failed
         self.bad: list[tuple[Group, str]] = []  # what cannot, and why
-        self._inputs = tuple(args), dict(kwargs)
-        self._tolerance = _TOLERANCE
-        for scale in _SCALES:
-            self._prepare(model, tensors, torch.float64, scale)
-            # A copy, since the code may leave something in the model that it runs.
-            found = self._ran(zeroed(self._model, self._tensors, []))
-            if self._is_steady(found):
-                return
-        if isinstance(found, str) or not all(map(_is_finite, found)):
-            self._tolerance = _OWN_TOLERANCE
-            self._prepare(model, tensors, None, 1)
-
-    def _is_steady(self, found: list[Tensor] | str) -> bool:
-        """Whether outputs hardly change when parameters hardly do, so that differences mean something."""
-        if isinstance(found, str) or not all(map(_is_finite, found)):
-            return False
-        generator = torch.Generator().manual_seed(0)
-
-        def moved(_: str, tensor: Tensor) -> Tensor:
-            tensor = tensor.detach()
-            if not tensor.is_floating_point():
-                return tensor
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            return tensor * (1 + _NOISE * noise.to(tensor))
-
-        other = self._ran(copied(self._model, self._tensors, moved))
-        return not isinstance(other, str) and _compared(other, found, self._tolerance) is None
-
-    def _prepare(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, scale: float
-    ) -> None:
-        """Makes ready the copy, whose weights have random values of a scale, and the inputs, in a dtype."""
-        self._model = copied(model, tensors, lambda name, tensor: _random(name, tensor, dtype, scale))
-        self._model.eval()
-        self._tensors = dict([*self._model.named_parameters(), *self._model.named_buffers()])
-        self._args, self._kwargs = tree_map(lambda leaf: _converted(leaf, dtype), self._inputs)
-        for module in self._model.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor):
-                    setattr(module, name, _converted(value, dtype))
+        self._subject = Subject(model, tensors, (args, kwargs))
+        self._model, self._tensors = self._subject.model, self._subject.tensors
 
     def add(self, groups: Sequence[Group]) -> None:
         """Tries groups beside those that can go."""
@@ -230,82 +182,9 @@ class Trial:
             flags[stays.argsort()[:count]] = True
             cuts += cuts_of(group, flags)
             gone.append(count)
-        try:
-            settings = settings_for(self._model, groups, gone)
-            small = without(self._model, self._tensors, cuts, settings)
-        except Exception as error:  # whatever a module does when it is copied
-            return _said(error)
-        got = self._ran(small)
-        if isinstance(got, str):
-            return got
-        want = self._ran(zeroed(self._model, self._tensors, cuts))
-        if not isinstance(want, str) and not all(map(_is_finite, want)):
-            # 0 / 0, as in a norm of weights: zeros where channels are read are enough.
-            reads = {(m.name, m.dim) for group in groups for m in group.members if m.is_input}
-            inputs = [cut for cut in cuts if (cut.name, cut.dim) in reads]
-            want = self._ran(zeroed(self._model, self._tensors, inputs))
-        if isinstance(want, str):
-            return f"with zeros in place of channels {want}"
-        return _compared(got, want, self._tolerance)
-
-    def _ran(self, model: nn.Module) -> list[Tensor] | str:
-        """The outputs of a model, or what went wrong."""
-        try:
-            with torch.no_grad(), torch.random.fork_rng([]):
-                torch.manual_seed(0)
-                args, kwargs = tree_map(lambda leaf: _converted(leaf, None), (self._args, self._kwargs))
-                return list(outputs(model(*args, **kwargs)))
-        except Exception as error:  # whatever the model's code raises
-            return _said(error)
+        reads = {(m.name, m.dim) for group in groups for m in group.members if m.is_input}
+        return self._subject.trouble(cuts, reads, settings_for(self._model, groups, gone))
 
 
 def _slices(groups: Sequence[Group]) -> set[tuple[str, int, int]]:
     return {(m.name, m.dim, i) for group in groups for m in group.members for i in m.slices.tolist()}
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _compared(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> str | None:
-    """What differs between outputs; None: nothing."""
-    if [tuple(each.shape) for each in got] != [tuple(each.shape) for each in want]:
-        return "the outputs have other shapes"
-    for a, b in zip(got, want, strict=True):
-        if not a.is_floating_point() and not a.is_complex():
-            if not torch.equal(a, b):
-                return "the outputs differ"
-        elif a.numel():
-            largest = float(b.abs().max())
-            difference = float((a - b).abs().max()) / max(largest, 1e-300)
-            if not difference <= tolerance:
-                return f"the outputs differ, by {difference:.1g} of the largest"
-    return None
-
-
-def _converted(leaf: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of a tensor, in the dtype if it is one of real numbers."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.detach().to(dtype if leaf.is_floating_point() else None, copy=True)
-
-
-def _random(name: str, tensor: Tensor, dtype: torch.dtype | None, scale: float) -> Tensor:
-    """Random values in place of those of a parameter, or of the running statistics of a norm."""
-    is_statistic = name.endswith(("running_mean", "running_var"))
-    if not tensor.is_floating_point() or not (isinstance(tensor, nn.Parameter) or is_statistic):
-        return _converted(tensor, dtype)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    if tensor.dim() > 1:
-        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        values *= scale * math.sqrt(tensor.shape[0] / max(1, tensor.numel()))
-    else:
-        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
-        if not name.endswith(("weight", "weight_g", "running_var")):
-            values *= torch.randint(2, tensor.shape, generator=generator) * 2 - 1
-    return values.to(tensor.device, dtype or tensor.dtype)
