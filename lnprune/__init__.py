@@ -30,7 +30,7 @@ from lnprune.plans.plan import Plan
 from lnprune.plans.plan_file import PlanEntry
 from lnprune.plans.ranking import Ranking
 from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
-from lnprune.removal.compact import compact
+from lnprune.removal.compact import compact, load_compact
 from lnprune.removal.coupling import Coupling, couple
 from lnprune.removal.groups import Group, GroupMember, Refused
 from lnprune.removal.sizes import size_setter
@@ -72,6 +72,7 @@ __all__ = [
     "is_pruned",
     "l1_unstructured",
     "ln_structured",
+    "load_compact",
     "load_masked",
     "load_plan",
     "local_structured",

@@ -31,6 +31,19 @@ def test_code_of_the_readme_runs(number, tmp_path, monkeypatch, capsys):
     CHECKS[number](names)
 
 
+def check_first_compact(names):
+    small = names["small"]
+    assert small[0].out_channels == small[1].num_features == small[3].in_channels == 32
+
+
+def check_smaller_model(names):
+    model, small, again = names["model"], names["small"], names["again"]
+    inputs = torch.randn(5, 16)
+    assert small[0].out_features == 32
+    torch.testing.assert_close(small(inputs), model(inputs))
+    assert torch.equal(again(inputs), small(inputs))
+
+
 def check_use(names):
     layer, output = names["layer"], names["output"]
     zeros = layer.weight == 0
@@ -72,7 +85,14 @@ def check_the_mask(names):
     assert (names["mask"][:, 0] == 1).tolist() == flags.tolist()
 
 
-CHECKS = [check_use, check_whole_models, check_channels_that_go_together, check_the_mask]
+CHECKS = [
+    check_first_compact,
+    check_use,
+    check_whole_models,
+    check_channels_that_go_together,
+    check_smaller_model,
+    check_the_mask,
+]
 
 
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -130,7 +150,24 @@ def check_coupling(names):
         assert torch.equal((weight == 0).all(dim=0), pruned)
 
 
-DOCS_CHECKS = {"training.md": check_training, "models.md": check_heads, "coupling.md": check_coupling}
+def check_compact(names):
+    """What was saved computes what the model computes with its masks; and the recipe is short."""
+    model, small, again = (names[name].eval() for name in ("model", "small", "again"))
+    inputs = torch.randn(100, 16)
+    assert again[0].out_features == 32
+    torch.testing.assert_close(again(inputs), model(inputs))
+    assert not torch.allclose(small(inputs), model(inputs)), "it trained on"
+    assert names["plan"].keep["0.weight"].sum() == 32
+    recipe = code_of(ROOT / "docs" / "compact.md")[1].splitlines()
+    assert len([line for line in recipe if line]) <= 20
+
+
+DOCS_CHECKS = {
+    "training.md": check_training,
+    "models.md": check_heads,
+    "coupling.md": check_coupling,
+    "compact.md": check_compact,
+}
 
 
 def test_what_resumed_trains_as_what_was_saved(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from lnprune.torch_internals import WRAPPED_CHILDREN, is_compiled, own_parameter
 _CHECKPOINT = WRAPPED_CHILDREN[1]
 
 
-def checked_tensors(model: Any) -> dict[str, Tensor]:
+def checked_tensors(model: Any, may_be_meta: bool = False) -> dict[str, Tensor]:
     """The parameters and buffers of a model that can be coupled, each once, by the first of its names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {shown(model)}")
@@ -36,7 +36,7 @@ def checked_tensors(model: Any) -> dict[str, Tensor]:
             raise ValueError(f"{name}: expected a parameter with a shape, got one not initialised yet")
         if is_wrapper(tensor):
             raise TypeError(f"{name}: expected a tensor that holds its own values, got {shown(tensor)}")
-        if tensor.is_meta:
+        if tensor.is_meta and not may_be_meta:
             raise ValueError(f"{name}: is on the device meta, where a model cannot be tried")
     if not tensors:
         raise ValueError(f"model: {type(model).__name__} has no parameters")

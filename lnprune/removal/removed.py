@@ -58,15 +58,22 @@ class Removed:
             )
         tensors = checked_tensors(model)
         choices = self.choices(model, tensors)
-        settings = settings_of(model, choices)
-        small = without(model, tensors, [cut for choice in choices for cut in choice.cuts], settings)
-        self._drop_masks(small)
+        small = self.small(model, tensors, choices)
         if verify and inputs is not None:
             check_computes_the_same(model, tensors, small, choices, inputs)
         if not inplace:
             return small
-        adopt(model, small, settings)
+        adopt(model, small, settings_of(model, choices))
         return model
+
+    def small(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], choices: Sequence[Choice]
+    ) -> nn.Module:
+        """A copy of a model without the channels, and without masks of which only ones would be left."""
+        cuts = [cut for choice in choices for cut in choice.cuts]
+        small = without(model, tensors, cuts, settings_of(model, choices))
+        self._drop_masks(small)
+        return small
 
     def choices(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Choice]:
         """The slices of each group that go, by the names of a model's tensors.
@@ -116,7 +123,7 @@ class Removed:
             if is_masked(module, attribute):
                 mask = own_buffers(module)[attribute + "_mask"]
                 assert mask is not None
-                if bool(mask.all()):
+                if not mask.is_meta and bool(mask.all()):
                     stock.remove(module, attribute)
 
 
