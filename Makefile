@@ -45,6 +45,7 @@ slow-emulated-tests: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python examples/sentence_encoder.py
 	$(BIN)/python examples/whole_model.py
+	$(BIN)/python examples/compact.py
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

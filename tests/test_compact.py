@@ -47,7 +47,7 @@ OFFERED = [name for name, case in CASES.items() if case.channels]
 
 
 @pytest.mark.parametrize("name", OFFERED)
-def test_small_models_compute_what_zeros_compute(name):
+def test_small_models_compute_what_zeros_compute_and_load_bit_for_bit(name, tmp_path):
     model, inputs, coupling = coupled(CASES[name], check=True)
     before = state(model)
     plan = coupling.rank(2).select(0.5)
@@ -62,6 +62,15 @@ def test_small_models_compute_what_zeros_compute(name):
     assert gone
     sizes = [sum(each.numel() for each in made.parameters()) for made in (model, small)]
     assert sizes[1] < sizes[0]
+    plan.save(tmp_path / "plan.json")
+    torch.manual_seed(1)
+    fresh = CASES[name].make().double().eval()
+    before = state(fresh)
+    again = lnprune.load_compact(tmp_path / "plan.json", fresh, small.state_dict())
+    assert_same_state(before, state(fresh))
+    assert repr(again) == repr(small)
+    with torch.no_grad():
+        assert torch.equal(first(again(*inputs)), got)
 
 
 @pytest.mark.parametrize("options", [{}, {"scope": "global", "multiple_of": 2}, {"scope": "global"}])
