@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import prune as stock
 
 import lnprune
+from lnprune.removal import cutting
 from lnprune.removal.cutting import copied, without
 from lnprune.removal.verification import of_another_batch_size
 from tests.small_models import CASES, Net
@@ -184,6 +185,29 @@ def test_masks_while_training_then_removal(model, inputs, inplace):
     with torch.no_grad():
         torch.testing.assert_close(small(inputs), want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
     train(small.train(), inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_fails_in_the_middle_of_inplace_changes_nothing(model, inputs, monkeypatch, masked):
+    plan = lnprune.couple(model, inputs).rank(2).select(0.5)
+    if masked:
+        plan.apply()
+    before, sizes_change = state(model), cutting._Sizes.change
+    shapes = []
+
+    def failing(self, small):
+        sizes_change(self, small)
+        if small is model:
+            shapes.append(small.a.weight.shape)
+            raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(cutting._Sizes, "change", failing)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        plan.compact(inplace=True)
+    assert shapes == [(4, 3, 3, 3)], "all was changed by then"
+    assert_same_state(before, state(model))
+    assert (model.a.out_channels, model.c.in_channels) == (8, 14)
+    assert lnprune.is_pruned(model) == masked
 
 
 def test_zeros_in_place_then_removal(model, inputs):
