@@ -218,7 +218,8 @@ class Plan:
 
         Returns:
             the small model: a new one, or with ``inplace`` the model. Beside the large model that takes the
-            memory of the small one and, to verify, of two copies of the large one in float64.
+            memory of the small one and, to verify, of two copies of the large one and one of the small
+            one in float64.
 
         Raises:
             RuntimeError: the plan is none of coupled channels; or outputs differ. The message says by how

@@ -68,6 +68,7 @@ def check_computes_the_same(
                     f"It comes from the groups {_list(groups)}. The model is as it was. Exclude these "
                     "groups, or teach lnprune the sizes in their modules with size_setter()"
                 )
+        del subject, mine  # before the next are made
 
 
 def _takes(subject: Subject, inputs: Inputs) -> bool:
