@@ -158,6 +158,7 @@ def check_compact(names):
     torch.testing.assert_close(again(inputs), model(inputs))
     assert not torch.allclose(small(inputs), model(inputs)), "it trained on"
     assert names["plan"].keep["0.weight"].sum() == 32
+    assert names["network"][3].in_features == 32
     recipe = code_of(ROOT / "docs" / "compact.md")[1].splitlines()
     assert len([line for line in recipe if line]) <= 20
 
