@@ -15,7 +15,16 @@ from lnprune.removal.cutting import copied, without
 from lnprune.removal.verification import of_another_batch_size
 from tests.small_models import CASES, Net
 from tests.test_coupled_plans import assert_computes_the_same, joined
-from tests.test_coupling import assert_same_state, coupled, first, randomised, residual, state, tensors_of
+from tests.test_coupling import (
+    Growing,
+    assert_same_state,
+    coupled,
+    first,
+    randomised,
+    residual,
+    state,
+    tensors_of,
+)
 
 
 @pytest.fixture
@@ -290,6 +299,33 @@ def test_verification_runs_the_model_that_is_returned(model, inputs, monkeypatch
     plan = lnprune.couple(model, inputs).rank(2).select(0.5)
     with pytest.raises(RuntimeError, match="with its own parameters, on example inputs"):
         plan.compact()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_that_gives_no_numbers_is_said_to(model, inputs, inplace):
+    plan = lnprune.couple(model, inputs).rank(2).select(0.5)
+    model.o.bias.data[1] = torch.inf
+    before = state(model)
+    with pytest.raises(
+        RuntimeError, match="with its own parameters the model gives numbers that are not finite"
+    ):
+        plan.compact(inplace=inplace)
+    assert_same_state(before, state(model))
+    model.float()  # no longer of the dtype of the inputs, and not in float64 either
+    with pytest.raises(RuntimeError, match=r"^nothing to compare with: .* The model is as it was"):
+        plan.compact(inplace=inplace)
+    assert plan.compact(verify=False, inplace=inplace).a.out_channels == 4
+
+
+def test_a_model_whose_rounding_grows_is_verified():
+    torch.manual_seed(0)
+    model = Growing("sines").double()
+    model.blocks = model.blocks[:10]
+    for _, _, layer in model.blocks:
+        layer.weight.data.mul_(1.5)
+    given = torch.randn(16, 12, dtype=torch.float64)
+    small = lnprune.compact(model, given, 0.3, 2)
+    assert small(given).shape == (16, 3)
 
 
 def test_a_model_of_one_batch_size_is_verified_on_that(inputs):

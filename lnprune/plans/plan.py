@@ -223,7 +223,7 @@ class Plan:
 
         Raises:
             RuntimeError: the plan is none of coupled channels; or outputs differ. The message says by how
-                much, and from which groups.
+                much, and from which groups. Or the model gives no finite numbers to compare with.
             ValueError: a group would keep no channels; there are no example inputs, as for a plan from a
                 file; or the model has other shapes by now.
 

@@ -17,7 +17,9 @@ from lnprune.torch_internals import tree_map
 Inputs = tuple[Sequence[Any], Mapping[str, Any]]  # arguments and keywords
 
 _TOLERANCE = 1e-9  # of the largest output, in float64
-_OWN_TOLERANCE = 1e-4  # in the model's own dtype, where it does not run in float64
+_OWN_TOLERANCE = (
+    1e-4  # in the model's own dtype, where it does not run in float64; and where its rounding grows
+)
 _SCALES = 1.0, 0.5, 0.25  # of random weights: where layers multiply each other, rounding would grow
 _NOISE = 1e-13
 
@@ -27,6 +29,9 @@ class Subject:
 
     With ``random``, its parameters have random values. These matter: behind weights of zeros, as in layers
     that are initialised so, anything would look right.
+
+    Attributes:
+        fault: why outputs cannot be compared: the copy gives no numbers, in float64 and in its own dtype.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class Subject:
     ):
         self._inputs = tuple(inputs[0]), dict(inputs[1])
         self._tolerance = _TOLERANCE
+        self.fault: str | None = None
         scales: Sequence[float | None] = _SCALES if random else [None]
         for scale in scales:
             self._prepare(model, tensors, torch.float64, scale)
@@ -41,9 +47,14 @@ class Subject:
             found = self.ran(zeroed(self.model, self.tensors, []))
             if self._is_steady(found):
                 return
-        if isinstance(found, str) or not all(map(_is_finite, found)):
+        self.fault = fault_of(found)
+        if self.fault:
             self._tolerance = _OWN_TOLERANCE
             self._prepare(model, tensors, None, None if scales[0] is None else 1.0)
+            if fault_of(self.ran(zeroed(self.model, self.tensors, []))) is None:
+                self.fault = None
+        elif not random:
+            self._tolerance = _OWN_TOLERANCE
 
     def _prepare(
         self,
@@ -73,7 +84,7 @@ class Subject:
 
     def _is_steady(self, found: list[Tensor] | str) -> bool:
         """Whether outputs hardly change when parameters hardly do, so that differences mean something."""
-        if isinstance(found, str) or not all(map(_is_finite, found)):
+        if isinstance(found, str) or fault_of(found):
             return False
         generator = torch.Generator().manual_seed(0)
 
@@ -137,6 +148,13 @@ def converted(leaf: Any, dtype: torch.dtype | None) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.detach().to(dtype if leaf.is_floating_point() else None, copy=True)
+
+
+def fault_of(found: list[Tensor] | str) -> str | None:
+    """Why what a model ran to is nothing to compare with; None: it is."""
+    if isinstance(found, str):
+        return f"raises {found}"
+    return None if all(map(_is_finite, found)) else "gives numbers that are not finite"
 
 
 def _said(error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lnprune.plans.saved_groups import Attribute
-from lnprune.removal.comparison import Inputs, Subject
+from lnprune.removal.comparison import Inputs, Subject, fault_of
 from lnprune.removal.cutting import Cut, Setting, settings_for
 from lnprune.torch_internals import tree_leaves, tree_map
 
@@ -46,11 +46,17 @@ def check_computes_the_same(
     On the inputs, and on random ones of another batch size where the model with all channels takes such.
 
     Raises:
-        RuntimeError: outputs differ. It says by how much, and from which groups.
+        RuntimeError: outputs differ. It says by how much, and from which groups. Or the model has none.
     """
     other = of_another_batch_size(inputs)
     for random in (False, True):
         subject = Subject(model, tensors, inputs, random)
+        parameters = "random" if random else "its own"
+        if subject.fault:
+            raise RuntimeError(
+                f"nothing to compare with: with {parameters} parameters the model {subject.fault} on the "
+                "example inputs. The model is as it was. With verify=False channels go without a comparison"
+            )
         mine = None
         if not random:
             own = dict([*small.named_parameters(), *small.named_buffers()])
@@ -64,7 +70,7 @@ def check_computes_the_same(
                 described = "example inputs" if which is inputs else "random ones of another batch size"
                 raise RuntimeError(
                     f"the model without the channels is not that with zeros in their place: {trouble}, "
-                    f"with {'random' if random else 'its own'} parameters, on {described}. "
+                    f"with {parameters} parameters, on {described}. "
                     f"It comes from the groups {_list(groups)}. The model is as it was. Exclude these "
                     "groups, or teach lnprune the sizes in their modules with size_setter()"
                 )
@@ -73,8 +79,7 @@ def check_computes_the_same(
 
 def _takes(subject: Subject, inputs: Inputs) -> bool:
     """Whether the model with all channels gives numbers on inputs."""
-    found = subject.ran(subject.like(subject.model, subject.tensors), inputs)
-    return not isinstance(found, str) and all(bool(torch.isfinite(each).all()) for each in found)
+    return fault_of(subject.ran(subject.like(subject.model, subject.tensors), inputs)) is None
 
 
 def _trouble(
