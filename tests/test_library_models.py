@@ -65,7 +65,8 @@ def compacts(model, coupling, run):
             assert sizes[1] < sizes[0] - gone
     plan.apply()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    run(model).square().mean().backward()
+    outputs = run(model)
+    (outputs / outputs.detach().abs().max()).square().mean().backward()
     optimizer.step()
     with torch.no_grad():
         want = run(model)
