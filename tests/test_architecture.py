@@ -1,6 +1,7 @@
 """The rules of the source tree that no compiler checks."""
 
 import ast
+import functools
 import pathlib
 import platform
 import re
@@ -70,6 +71,7 @@ PYTHON = {dotted(path): path for path in sorted((ROOT / "lnprune").rglob("*.py")
 MODULES = sorted(name for name in PYTHON if name and PYTHON[name].stem != "__init__")
 
 
+@functools.cache
 def imported_rooms(name: str) -> set[str]:
     """The modules of the package that a module imports, anywhere in it."""
     found = set()

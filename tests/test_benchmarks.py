@@ -297,6 +297,7 @@ def test_peers_take_turns_and_what_they_all_read_is_read_before():
     assert len(timing.rounds["one"]) == len(timing.faults["other"]) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [RECYCLED, FRESH])
 def test_a_process_of_its_own_has_its_state_of_memory(state, monkeypatch):
     for name, value in RECYCLING.items():  # whatever this process was started with
