@@ -13,11 +13,13 @@ OUT ?= build/gpu
 EMULATED_TESTS := $(addprefix tests/test_,norms.py sums.py selection.py write.py zero.py repeated.py)
 # All about kernels, which the short run leaves to a process of its own.
 KERNEL_TESTS := $(EMULATED_TESTS) $(addprefix tests/test_,ops.py tasks.py threads.py instruction_set.py)
+# What builds and installs: as long as all other slow tests together.
+BUILD_TESTS := $(addprefix tests/test_,packaging.py torch_versions.py cuda_compiler.py)
 PYTEST := $(BIN)/python -m pytest
 EMULATED := $(PYTEST) --emulated-cuda -p no:cacheprovider $(EMULATED_TESTS) tests/test_cuda_emulation.py
 
 .PHONY: test test-all demo lint types sanitize bench gpu clean
-.PHONY: unit-tests kernel-tests emulated-tests slow-unit-tests slow-emulated-tests
+.PHONY: unit-tests kernel-tests emulated-tests slow-unit-tests slow-build-tests slow-emulated-tests
 
 test: $(VENV)/installed
 	$(MAKE) --jobs=2 --output-sync=target unit-tests emulated-tests kernel-tests types lint
@@ -25,7 +27,7 @@ test: $(VENV)/installed
 # What `make test` leaves out: full grids, the seeded bugs beyond one of each kind, other versions of torch,
 # builds of environments, the compiler's report, tensors of gigabytes, and the sanitizers.
 test-all: $(VENV)/installed
-	$(MAKE) --jobs=2 --output-sync=target slow-unit-tests slow-emulated-tests sanitize
+	$(MAKE) --jobs=2 --output-sync=target slow-build-tests slow-unit-tests slow-emulated-tests sanitize
 
 unit-tests: $(VENV)/installed
 	$(PYTEST) -m "not slow" --ignore=tests/test_cuda_emulation.py $(addprefix --ignore=,$(KERNEL_TESTS))
@@ -34,7 +36,10 @@ kernel-tests: $(VENV)/installed
 	$(PYTEST) -m "not slow" -p no:cacheprovider $(KERNEL_TESTS)
 
 slow-unit-tests: $(VENV)/installed $(VENV)/models
-	$(PYTEST) -m slow --ignore=tests/test_cuda_emulation.py
+	$(PYTEST) -m slow --ignore=tests/test_cuda_emulation.py $(addprefix --ignore=,$(BUILD_TESTS))
+
+slow-build-tests: $(VENV)/installed
+	$(PYTEST) -m slow -p no:cacheprovider $(BUILD_TESTS)
 
 emulated-tests: $(VENV)/installed
 	$(EMULATED) -m "not slow"
