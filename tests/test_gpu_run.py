@@ -32,6 +32,7 @@ def test_a_stage_that_fails_does_not_stop_those_after_it(tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["a", "stage", "first", "second", "third"]
 
 
+@pytest.mark.slow
 def test_a_stage_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
     late = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
     code = (

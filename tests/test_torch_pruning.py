@@ -135,7 +135,7 @@ def assert_same(make, inputs, p, **options):
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_pruner_leaves_the_same_resnet50(p, scope):
     assert_same(resnet50, (1, 3, 64, 64), p, global_pruning=scope == "global")
 
