@@ -47,4 +47,5 @@ def test_the_peak_is_the_large_model_the_small_one_and_the_copies_that_verify(ve
     assert small < large / 3
     # In float64 a weight is twice as large: two copies of the large model, one of the small one.
     wanted = small + (2 * (2 * large + small) if verify == "verify" else 0)
-    assert 0.8 * wanted < more < 1.05 * wanted, f"{more / wanted:.2f} of what the docs say"
+    # Half of the small model is less than any copy of a model, and more than what else takes memory here.
+    assert 0.8 * wanted < more < wanted + 0.5 * small, f"{more / wanted:.2f} of what the docs say"
