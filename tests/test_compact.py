@@ -408,3 +408,33 @@ def test_a_small_model_is_saved_whole(inputs):
     torch.save(model.state_dict(), whole)
     assert file.tell() < whole.tell()
     assert re.search(r"Linear\(in_features=\d", repr(small))
+
+
+class _Caching(nn.Module):
+    """Two layers, with a cache of what a weight gives, as attention biases have: part of a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.scale, self.cache = nn.Parameter(torch.rand(3)), {}
+
+    def forward(self, x):
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.scale.exp()
+        return self.second(self.first(x).relu()) * self.cache["scale"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_that_caches_part_of_a_graph(inplace):
+    net, x = _Caching().eval(), torch.randn(2, 4)
+    net(x)
+    cached = net.cache["scale"]
+    assert cached.grad_fn is not None
+    plan = lnprune.couple(net, x).rank(2).select(0.5)
+    plan.apply(permanent=True, keep_backup=True)
+    want = net(x)
+    plan.undo()
+    small = plan.compact(inplace=inplace)
+    assert small.first.weight.shape == (4, 4)
+    assert net.cache["scale"] is cached
+    torch.testing.assert_close(small(x), want)

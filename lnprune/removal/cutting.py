@@ -16,7 +16,7 @@ from lnprune.modules.transaction import Transaction
 from lnprune.plans.saved_groups import Attribute
 from lnprune.removal.groups import Group
 from lnprune.removal.sizes import set_sizes, shapes_of
-from lnprune.torch_internals import own_buffers, own_parameters, own_pre_hooks
+from lnprune.torch_internals import own_buffers, own_parameters, own_pre_hooks, tree_leaves
 
 Values = Callable[[str, Tensor], Tensor]
 
@@ -182,12 +182,13 @@ def copied(model: nn.Module, tensors: Mapping[str, Tensor], make: Values) -> nn.
     with torch.no_grad():
         for module in model.modules():
             for key, value in vars(module).items():
-                if not isinstance(value, Tensor):
-                    continue
-                if is_masked(module, key):  # computed anew, below
+                if isinstance(value, Tensor) and is_masked(module, key):  # computed anew, below
                     memo[id(value)] = value.detach().new_empty(0)
-                elif not value.is_leaf:  # what a hook computed, which torch refuses to copy
-                    memo[id(value)] = value.detach().clone()
+                    continue
+                for leaf in tree_leaves(value):
+                    # What a hook computed, or a forward and cached, which torch refuses to copy.
+                    if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                        memo[id(leaf)] = leaf.detach().clone()
         for name, tensor in tensors.items():
             made = make(name, tensor)
             if made.data_ptr() == tensor.data_ptr():
