@@ -13,12 +13,14 @@ from torch.nn.utils import prune as stock
 from lnprune.errors import check_flags, per_name
 from lnprune.modules.application import install, prune_in_place, unmask
 from lnprune.modules.finding import Patterns
-from lnprune.modules.parameters import Dim, Parameters, Weight, collect, placed, scores_of
+from lnprune.modules.parameters import Dim, Parameters, Weight, collect, placed, repeatable, scores_of
 from lnprune.modules.registration import Target
+from lnprune.modules.sharded import parameters_of
 from lnprune.modules.transaction import Transaction
 from lnprune.modules.values import current_values
 from lnprune.plans import plan_file
 from lnprune.plans.plan import Plan, loaded
+from lnprune.plans.plan_file import SavedPlan
 from lnprune.plans.ranking import Ranking, measure
 from lnprune.plans.rows import Member, Row
 from lnprune.plans.selection import Normalize, Of
@@ -27,6 +29,7 @@ from lnprune.steps import reference
 from lnprune.steps.flags import Amount
 from lnprune.steps.in_place import write_in_place
 from lnprune.steps.norms import Order
+from lnprune.steps.sharding import Agreement
 from lnprune.torch_internals import own_pre_hooks, pruned_name
 
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
@@ -87,18 +90,21 @@ def rank(
         >>> {name: tuple(norms.shape) for name, norms in ranking.norms.items()}
         {'0.weight': (8,), '1.weight': (4,)}
     """
-    if reference.ranks_like_torch():
-        raise RuntimeError(
-            "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
-            "ln_structured or local_structured, or rank outside of it"
-        )
-    weights, _, given = collect(parameters, dim, include, exclude)
-    rows = []
-    for weight, along in zip(weights, given, strict=True):
-        along %= len(weight.shape)
-        rows.append(Row(weight.name, weight.shape[along], [Member(weight, along)]))
-    measured, masks = current_values(weights)
-    scores = scores_of(weights, list(measured.values()), importance_scores)
+    parameters = repeatable(parameters)
+    with Agreement(parameters_of(parameters)) as agreement:
+        if reference.ranks_like_torch():
+            raise RuntimeError(
+                "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
+                "ln_structured or local_structured, or rank outside of it"
+            )
+        weights, _, given = collect(parameters, dim, include, exclude)
+        rows = []
+        for weight, along in zip(weights, given, strict=True):
+            along %= len(weight.shape)
+            rows.append(Row(weight.name, weight.shape[along], [Member(weight, along)]))
+        measured, masks = current_values(weights)
+        scores = scores_of(weights, list(measured.values()), importance_scores)
+        agreement.confirm("rank", n, [row.name for row in rows], given, list(measured.values()), scores)
     return measure(rows, n, measured, dict(zip(weights, scores, strict=True)), masks)
 
 
@@ -151,21 +157,32 @@ def local_structured(
         >>> [int(mask.sum()) for mask in model.buffers()]
         [16, 4]
     """
-    check_flags(permanent=permanent)
-    weights, tensors, dims = collect(parameters, dim, include, exclude)
-    scores = scores_of(weights, tensors, importance_scores)
-    if not permanent:
-        for weight in weights:
-            weight.check_holds_mask()
-    amounts = per_name(amount, [weight.name for weight in weights], "amount")
-    # One at a time: thousands of them at once would keep the garbage collector busy.
-    targets = (
-        Target(name, module, attribute, along, share, None, None if score is tensor else score)
-        for weight, along, tensor, score, share in zip(weights, dims, tensors, scores, amounts, strict=True)
-        for name, (module, attribute) in zip(weight.names, weight.places, strict=True)
-    )
-    with Transaction() as transaction:
-        (prune_in_place if permanent else install)(transaction, targets, n)
+    parameters = repeatable(parameters)
+    with Transaction() as transaction, Agreement(parameters_of(parameters)) as agreement:
+        check_flags(permanent=permanent)
+        weights, tensors, dims = collect(parameters, dim, include, exclude)
+        scores = scores_of(weights, tensors, importance_scores)
+        if not permanent:
+            for weight in weights:
+                weight.check_holds_mask()
+        names = [weight.name for weight in weights]
+        amounts = per_name(amount, names, "amount")
+        # One at a time: thousands of them at once would keep the garbage collector busy.
+        targets = (
+            Target(name, module, attribute, along, share, None, None if score is tensor else score)
+            for weight, along, tensor, score, share in zip(
+                weights, dims, tensors, scores, amounts, strict=True
+            )
+            for name, (module, attribute) in zip(weight.names, weight.places, strict=True)
+        )
+        agree = functools.partial(
+            agreement.confirm, "local", permanent, n, names, dims, amounts, tensors, scores
+        )
+        if permanent:
+            prune_in_place(transaction, targets, n, agree=agree)
+        else:
+            agree()
+            install(transaction, targets, n)
     return parameters
 
 
@@ -278,7 +295,15 @@ def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
         >>> lnprune.load_plan(path, model).apply()
         Plan(1 parameters, 2 of 4 channels kept)
     """
-    saved = plan_file.read(path)
+    parameters = repeatable(parameters)
+    with Agreement(parameters_of(parameters)) as agreement:
+        saved = plan_file.read(path)
+        plan = _loaded(saved, parameters)
+        agreement.confirm("load", saved)
+    return plan
+
+
+def _loaded(saved: SavedPlan, parameters: Parameters) -> Plan:
     if saved.groups is None:
         pairs = zip(saved.entries, saved.names, strict=True)
         weights = [Weight(names, entry.shape) for entry, names in pairs]

@@ -6,11 +6,12 @@ tests on the newest torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -20,12 +21,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "WRAPPED_CHILDREN",
+    "FsdpParameter",
     "NonDynamicallyQuantizableLinear",
     "OperatorMode",
     "base_of",
     "compute_norm",
     "compute_nparams_toprune",
     "foreach_mul_",
+    "fsdp_parameters",
     "is_compiled",
     "is_mutable",
     "own_buffers",
@@ -164,3 +167,44 @@ def projects_apart(attention: nn.MultiheadAttention) -> bool:
 # The names of the wrapped module in what torch.compile, checkpoint_wrapper and FSDP return. When one
 # changes: the new name beside it, since models that were pickled have the old one.
 WRAPPED_CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+class FsdpParameter(NamedTuple):
+    """A parameter that ``fully_shard`` keeps, at one of its places."""
+
+    module: nn.Module
+    name: str
+    sharded: nn.Parameter  # the DTensor that it is, whatever the module holds now
+    is_sharded: bool  # whether the module holds that
+
+
+# What fully_shard keeps of a module: its parameters and whether they are gathered. No public call tells.
+# When it goes: type(parameter), which tells of all that are gathered but those on a smaller mesh.
+if torch.distributed.is_available():
+    from torch.distributed._composable_state import _module_state_mapping as _states
+else:
+    _states = {}  # type: ignore[assignment]
+
+
+def fsdp_parameters() -> Iterator[FsdpParameter]:
+    """Every parameter that FSDP2 keeps in this process, at every module that shares it."""
+    if not _states:
+        return
+    seen = set()
+    for reference in list(_states.values()):
+        state: Any = reference()
+        if state is None or id(state) in seen:
+            continue
+        seen.add(id(state))
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch 2.11
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for parameter in () if group is None else group.fsdp_params:
+                place = parameter._module_info
+                is_sharded = parameter.sharded_state.name == "SHARDED"
+                for module, name in (
+                    (place.module, place.param_name),
+                    *zip(place.shared_modules, place.shared_param_names, strict=True),
+                ):
+                    yield FsdpParameter(module, name, parameter.sharded_param, is_sharded)

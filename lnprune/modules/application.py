@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lnprune.errors import named
+from lnprune.modules.backup import Backup
 from lnprune.modules.finding import parameter_of
 from lnprune.modules.layer_types import bias_part, known_weights
 from lnprune.modules.parameters import Weight, current_tensor
 from lnprune.modules.registration import ParameterState, Part, Pruning, Target, unregister
-from lnprune.modules.transaction import Transaction, Values
+from lnprune.modules.sharded import check_is_sharded, check_takes_mask, kept_by_fsdp, parameters_at
+from lnprune.modules.transaction import Transaction
 from lnprune.steps import in_place, masks
-from lnprune.steps.bits import bits, from_bits, is_zero
 from lnprune.steps.flags import Request
 from lnprune.steps.local import held_here
-from lnprune.steps.norms import nonzero_counts
+from lnprune.steps.sharding import Agreement
 from lnprune.torch_internals import own_parameters
 
 __all__ = [
@@ -46,9 +48,11 @@ class Slices(NamedTuple):
 def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list[Pruning]:
     """Gives every target its mask and its hook, as ``BasePruningMethod.apply`` does."""
     prunings: list[Pruning] = []
+    kept = kept_by_fsdp()
     with named() as about:
         for target in targets:
             about.name = target[0]
+            check_takes_mask(target[1], target[2], kept)
             transaction.touch(target[1])
             prunings.append(Pruning(target, n))
         requests = [pruning.request for pruning in prunings]
@@ -84,8 +88,11 @@ def unmask(
         each parameter and its mask, to be multiplied; once where places share both.
     """
     pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    kept = kept_by_fsdp()
     for name, module, attribute in places:
         held = own_parameters(module).get(attribute + "_orig")
+        with named(name):
+            check_takes_mask(module, attribute, kept)
         if held is not None:
             held_here(held, name)
         transaction.touch(module)
@@ -99,18 +106,33 @@ def unmask(
 
 
 def prune_in_place(
-    transaction: Transaction, targets: Iterable[Target], n: Any, keep_values: bool = False
+    transaction: Transaction,
+    targets: Iterable[Target],
+    n: Any,
+    keep_values: bool = False,
+    agree: Callable[[], None] = lambda: None,
 ) -> None:
-    """Zeros in place; what is masked, or cannot be written in place, gets the values of ``remove``."""
+    """Zeros in place; what is masked, or cannot be written in place, gets the values of ``remove``.
+
+    ``agree`` is as for :func:`write_in_place`.
+    """
     with_masks = []
     requests: dict[Any, Request] = {}
     parts: dict[int, tuple[Tensor, Part]] = {}  # by the identity of a view
     for target in targets:
         name, module, attribute, dim, amount, keep, scores, part = target
         parameter = own_parameters(module).get(attribute)
-        if parameter is None or not in_place.is_writable(parameter):
-            if parameter is not None:
-                held_here(parameter, name)
+        held = None if parameter is None else held_here(parameter, name)
+        if (
+            held is not None
+            and held is not parameter
+            and (part is not None or not in_place.is_writable(held))
+        ):
+            raise ValueError(
+                f"{name}: expected all of a sharded parameter, with shards that can be written, got "
+                f"{'shards that cannot' if part is None else 'a part of it'}"
+            )
+        if parameter is None or held is None or not in_place.is_writable(held):
             if part is not None:
                 raise ValueError(f"{name}: expected a parameter that can be written, to prune a part of it")
             with_masks.append(target)
@@ -134,7 +156,7 @@ def prune_in_place(
         whole, part = parts.get(id(tensor), (tensor, None))
         transaction.note(whole, *values, part=part)
 
-    in_place.write_in_place(list(requests.values()), pairs, n, before, keep_values)
+    in_place.write_in_place(list(requests.values()), pairs, n, before, keep_values, agree)
 
 
 class Application:
@@ -148,19 +170,23 @@ class Application:
         bias: bool,
         keep_backup: bool,
     ):
-        if not permanent:
-            _check_hold_masks(slices)
-        targets = _targets(slices, bias)
-        self._names = [target.name for target in targets]
-        self._has_values = keep_backup or not permanent
-        self._before = [ParameterState(target.module, target.attribute) for target in targets]
-        self._backups: list[_Backup] = []
-        with Transaction() as transaction:
+        places = (place for each in slices for place in each.weight.places)
+        with Agreement(parameters_at(places)) as agreement, Transaction() as transaction:
+            if not permanent:
+                _check_hold_masks(slices)
+            targets = _targets(slices, bias)
+            self._names = [target.name for target in targets]
+            self._has_values = keep_backup or not permanent
+            self._before = [ParameterState(target.module, target.attribute) for target in targets]
+            self._backups: list[Backup] = []
+            asked = [(target.name, target.dim, target.keep, target.part) for target in targets]
+            agree = functools.partial(agreement.confirm, "apply", permanent, keep_backup, asked)
             if permanent:
-                prune_in_place(transaction, targets, n, keep_backup)
+                prune_in_place(transaction, targets, n, keep_backup, agree)
                 if keep_backup:
-                    self._backups = [_Backup(values) for values in transaction.values]
+                    self._backups = [Backup(values) for values in transaction.values]
             else:
+                agree()
                 for each in _rounds(targets):
                     install(transaction, each, n)
             self._after = [ParameterState(state.module, state.name) for state in self._before]
@@ -171,15 +197,9 @@ class Application:
             raise RuntimeError(
                 "the plan was applied with permanent=True and without keep_backup=True: the values are gone"
             )
-        for name, state in zip(self._names, self._after, strict=True):
-            if not state.is_current():
-                raise RuntimeError(
-                    f"{name}: its parameter, mask or hook is no longer the one that apply() left; undo "
-                    "what came after it first"
-                )
-        names = {id(state.parameter): name for name, state in zip(self._names, self._after, strict=True)}
-        for backup in self._backups:
-            backup.check(names[id(backup.values.tensor)])
+        with Agreement(parameters_at((state.module, state.name) for state in self._before)) as agreement:
+            self._check_is_current()
+            agreement.confirm("undo", self._names)
         with Transaction() as transaction:
             for state in self._before:
                 transaction.touch(state.module)
@@ -190,64 +210,19 @@ class Application:
             for state in reversed(self._before):
                 state.restore()
 
-
-class _Backup:
-    """The values that permanent pruning overwrote in a tensor, to be put back if nothing came since."""
-
-    def __init__(self, values: Values):
-        self.values = values
-        self.dtype = values.tensor.dtype
-        # What the pruning wrote in their place; None: zeros.
-        self.left = values.now().clone() if values.channels is None else None
-        self.counts = self._counts()
-
-    def _counts(self) -> Tensor:
-        return nonzero_counts([self.values.tensor.detach()], [self.values.dim])[0]
-
-    def _taken(self) -> Tensor:
-        return self.values.saved != (0 if self.left is None else self.left)
-
-    def _as_now(self, part: Tensor) -> Tensor:
-        """Bits of that time in the dtype and on the device that the tensor has now."""
-        tensor = self.values.tensor
-        if tensor.dtype == self.dtype:
-            return part.to(tensor.device)
-        return bits(from_bits(part, self.dtype).to(tensor.device, tensor.dtype))
-
-    def check(self, name: str) -> None:
-        """Raises where the tensor was pruned since, or where what was pruned got other values since."""
-        tensor = self.values.tensor
-        if tensor.is_meta:
-            return
-        now = self.values.now()
-        left = torch.zeros_like(now) if self.left is None else self._as_now(self.left)
-        # A zero is a zero, whatever its sign.
-        written = (now != left) & ~(is_zero(now) & is_zero(left)) & self._taken().to(tensor.device)
-        if written.any():
-            raise RuntimeError(
-                f"{name}: {int(written.sum())} of the values that apply() pruned were replaced since, as "
-                "by training or load_state_dict: undo() would lose them"
-            )
-        # A conversion to a narrower type makes zeros of its own.
-        widened = tensor.dtype == self.dtype or _width(tensor.dtype) > _width(self.dtype)
-        lost = int((self.counts.to(tensor.device) - self._counts()).clamp(min=0).sum()) if widened else 0
-        if lost:
-            raise RuntimeError(
-                f"{name}: {lost} more of its values were pruned since: undo what came after it first"
-            )
-
-    def put_back(self) -> None:
-        values, left = self.values, self.left
-        now = values.now()
-        untouched = left is not None and values.tensor.dtype == self.dtype and torch.equal(now, left)
-        if untouched and not values.copied:
-            values.tensor.data = values.data  # its own memory, which torch did not write to
-        else:
-            values.write(torch.where(self._taken().to(now.device), self._as_now(values.saved), now))
-
-
-def _width(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits
+    def _check_is_current(self) -> None:
+        """Raises RuntimeError where parameters, or values that were overwritten, changed since."""
+        named_states = list(zip(self._names, self._after, strict=True))
+        check_is_sharded((name, state.module, state.name) for name, state in named_states)
+        for name, state in named_states:
+            if not state.is_current():
+                raise RuntimeError(
+                    f"{name}: its parameter, mask or hook is no longer the one that apply() left; undo "
+                    "what came after it first"
+                )
+        names = {id(state.parameter): name for name, state in named_states}
+        for backup in self._backups:
+            backup.check(names[id(backup.values.tensor)])
 
 
 def _check_hold_masks(slices: Sequence[Slices]) -> None:
@@ -296,6 +271,7 @@ def _targets(slices: Sequence[Slices], bias: bool) -> list[Target]:
                         f"{along} and {dim}: rank the model again"
                     )
             targets.append(Target(name, module, attribute, along, keep=keep, part=part))
+    check_is_sharded((target.name, target.module, target.attribute) for target in targets)
     return targets + (_bias_targets(targets) if bias else [])
 
 

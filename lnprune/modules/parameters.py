@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from lnprune.errors import per_name, shown
 from lnprune.modules.finding import Found, Patterns, find, is_masked, named_modules, uncalled
 from lnprune.modules.layer_types import KNOWN, bare_name, known_weights, never_called
+from lnprune.modules.sharded import check_is_sharded
 from lnprune.torch_internals import own_buffers, own_modules, own_parameters
 
 Parameters = Union[nn.Module, Iterable[tuple[nn.Module, str]]]
@@ -128,6 +129,11 @@ def _named_dim(word: str, entry: Found) -> int:
         f"{entry.name}: dim={word!r} is known for {KNOWN}, got {entry.attribute!r} of {kind}: give its dim "
         f"as a number, or teach it: include={{{kind}: {{'out': 0, 'in': 1}}}}"
     )
+
+
+def repeatable(parameters: Any) -> Any:
+    """The same, but a list of what can be read only once."""
+    return list(parameters) if isinstance(parameters, Iterator) else parameters
 
 
 def _listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[Found]:
@@ -264,6 +270,7 @@ def collect(
                 f"and {dim_of_weight}: exclude both, or pass dim={min(along, dim_of_weight)} for both"
             )
         note_reader(weight, module, readers)
+    check_is_sharded(entry[:3] for entry in found)
     return weights, tensors, dims
 
 

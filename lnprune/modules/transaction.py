@@ -10,6 +10,7 @@ from torch.nn.utils import prune as stock
 
 from lnprune.modules.parameters import check_is_eager
 from lnprune.steps.bits import bits
+from lnprune.steps.local import held_here
 from lnprune.torch_internals import own_registries, pruning_methods, set_pruning_methods
 
 
@@ -80,6 +81,8 @@ class Transaction:
 class Values:
     """The values of a tensor, or of some of its channels, and a way to put them back, bit for bit.
 
+    Of a sharded tensor, those that are here: ``channels`` counts those of the shard.
+
     With ``copied``, they are copied: the tensor is going to be overwritten in place. Without, the tensor is
     going to get new memory, so that its old memory, which keeps the values, only has to be remembered.
     """
@@ -94,13 +97,13 @@ class Values:
     ):
         self.tensor, self.dim, self.channels = tensor, dim, channels
         self.copied, self.part = copied, part
-        self.data = tensor.data  # the memory of the values
+        self.data = held_here(tensor).data  # the memory of the values
         self.saved = self.now()
         if channels is None and copied:
             self.saved = self.saved.clone()
 
     def _whole(self) -> Tensor:
-        whole = bits(self.tensor.data)
+        whole = bits(held_here(self.tensor).data)
         return whole if self.part is None else whole.narrow(*self.part)
 
     def now(self) -> Tensor:
@@ -121,6 +124,7 @@ class Values:
 
     def restore(self) -> None:
         """Puts the values back, in the memory where they were."""
-        self.tensor.data = self.data
+        if held_here(self.tensor) is self.tensor:
+            self.tensor.data = self.data
         if self.copied:
             self.write(self.saved)

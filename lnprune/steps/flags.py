@@ -34,6 +34,8 @@ class Request:
     mask: Tensor  # write_masks() makes both
     weight: Tensor
 
+    held: Tensor  # to write in place: the plain tensor that holds the original's values here
+
     def __init__(
         self, scores: Tensor, original: Tensor, dim: int, amount: Any, keep: Tensor | None, name: str
     ):
@@ -41,7 +43,7 @@ class Request:
         self.original = original  # what the mask is multiplied with, or what is zeroed in place
         self.dim = dim
         self.amount = amount
-        self.keep = keep  # bool, on any device
+        self.keep = keep  # bool, on any device, of all channels; to write in place: of those that are here
         self.name = name  # for messages
 
 
@@ -62,7 +64,26 @@ def keep_flags(scores: Tensor, n: Any, dim: int, count: int) -> Tensor:
     """Rank and select: bool keep flags of shape ``(channels,)`` when ``count`` are pruned."""
     if reference.ranks_like_torch():
         return reference.torch_keep_channels(scores, n, dim, count)
-    norms = channel_norms([scores], n, [operator.index(dim)])[0]
+    return _kept(channel_norms([scores], n, [operator.index(dim)])[0], count)
+
+
+def choose_of_shards(requests: Sequence[Request], n: Any) -> None:
+    """Rank and select: flags for requests about sharded weights of known counts, in one exchange."""
+    if not requests:
+        return
+    if reference.ranks_like_torch():
+        raise RuntimeError(
+            f"{requests[0].name or 'reference_ranking'}: expected a weight that is whole here: torch "
+            "ranks no shards, so that there is nothing to rank alike: prune outside of reference_ranking()"
+        )
+    scores = [request.scores for request in requests]
+    dims = [operator.index(request.dim) for request in requests]
+    norms = channel_norms(scores, n, dims, [request.name for request in requests])
+    for request, each in zip(requests, norms, strict=True):
+        request.keep = _kept(each, request.count)
+
+
+def _kept(norms: Tensor, count: int) -> Tensor:
     if ops.is_native(norms):
         return ops.select_channels([norms], [], [count], [0.0])[0]
     return reference.keep_channels(norms, count)

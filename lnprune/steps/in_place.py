@@ -1,6 +1,7 @@
 """Write in place: keep flags, or amounts, of a list of tensors -> zeros in them, wherever they live.
 
-Native code takes what it can, all tensors of a device in one call. Plain torch takes the rest.
+Native code takes what it can, all tensors of a device in one call. Plain torch takes the rest. Of sharded
+tensors each rank writes to its shard.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch.autograd.graph import increment_version
 from lnprune.errors import named
 from lnprune.steps import ops, reference
 from lnprune.steps.bits import bits
-from lnprune.steps.flags import Request, flags_of, keep_flags, pruned_count
+from lnprune.steps.flags import Request, choose_of_shards, flags_of, keep_flags, pruned_count
 from lnprune.steps.layouts import keeps_strides, may_overlap
-from lnprune.steps.local import PLAIN_TYPES, by_device, flags_here
+from lnprune.steps.local import PLAIN_TYPES, by_device, flags_here, held_here, is_distributed, values_here
 from lnprune.steps.norms import native_order
 from lnprune.torch_internals import foreach_mul_, validate_pruning_amount_init
 
@@ -59,49 +60,66 @@ def write_in_place(
     n: Any,
     before: Before,
     keep_values: bool = False,
+    agree: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes +0.0 to the pruned channels of ``requests``, and masked values to the originals of ``pairs``.
 
     All checks, choices and conversions come before the first write. Where there are several writes,
     ``before`` is told of all but the last one, so that the values can be put back where a later one fails.
     With ``keep_values`` it is told of the last one too, but not of ``pairs``, which the caller keeps.
+
+    What may raise on one rank alone comes before ``agree``, and what ranks exchange or write after it.
     """
     p = None if reference.ranks_like_torch() else native_order(n)
     native, plain = _checked(requests, n, p)
+    pairs, wholes = _held_pairs(pairs)
     made = _products(pairs)
     rounds = _rounds(pairs, made)
+    # In the order that all ranks have: which rows are native differs with their shards.
+    unranked = [row for row in requests if row.keep is None and _is_sharded(row)]
+    if unranked:
+        agree()
+        choose_of_shards(unranked, n)
+        for row in unranked:
+            row.keep = flags_here(row.original, row.dim, row.keep)  # type: ignore[arg-type]
     # The two backends, each with one call for all of its devices.
-    lists = [[row for row in native if row.original.is_cpu is on_cpu] for on_cpu in (True, False)]
+    lists = [[row for row in native if row.held.is_cpu is on_cpu] for on_cpu in (True, False)]
     lists = [rows for rows in lists if rows]
     writes = len(lists) + len(rounds)
     is_one_call = writes == 1 and not keep_values and all(row.keep is None for row in native)
     zeros = []
     for rows in () if is_one_call else lists:
         _choose([row for row in rows if row.keep is None], p)
-        devices = by_device(row.original for row in rows).values()
+        devices = by_device(row.held for row in rows).values()
         flags = [keep for places in devices for keep in flags_of([rows[i] for i in places])]
         ordered = [rows[i] for places in devices for i in places]
-        zeros.append(([row.original for row in ordered], flags, [row.dim for row in ordered]))
+        zeros.append(([row.held for row in ordered], flags, [row.dim for row in ordered]))
         writes -= 1
         if writes > 0 or keep_values:
             for row in rows:
                 before(row.original, row.dim, _pruned(row), True)
     for round_ in rounds[:-1] if not keep_values else ():
         for original, _ in round_:
-            before(original, 0, None, True)
+            before(wholes.get(id(original), original), 0, None, True)
     for row in plain:
         before(row.original, row.dim, _pruned(row), True)
     for original, _ in made.values() if not keep_values else ():
-        before(original, 0, None, False)
+        whole = wholes.get(id(original), original)
+        before(whole, 0, None, whole is not original)
+    if not unranked:
+        agree()
 
     for row in plain:
-        bits(row.original.data).index_fill_(row.dim, _pruned(row), 0)
-        increment_version(row.original)
+        bits(row.held.data).index_fill_(row.dim, _pruned(row), 0)
+        increment_version(row.held)
     for original, product in made.values():
-        original.data = product
+        if id(original) in wholes:
+            original.copy_(product)
+        else:
+            original.data = product
     if is_one_call and native:
         counts = [row.count for row in native]
-        scores, tensors = [row.scores for row in native], [row.original for row in native]
+        scores, tensors = [row.scores for row in native], [row.held for row in native]
         dims = [row.dim for row in native]
         ops.prune_channels_(scores, tensors, dims, p, counts, [0.0] * len(native))  # type: ignore[arg-type]
     for tensors, flags, dims in zeros:
@@ -109,13 +127,41 @@ def write_in_place(
     with torch.no_grad():
         for round_ in rounds:
             foreach_mul_(*map(list, zip(*round_, strict=True)))
+    # A DTensor counts its changes itself, for autograd.
+    increment_version(
+        [*wholes.values(), *(row.original for row in requests if row.held is not row.original)]
+    )
+
+
+def _is_sharded(row: Request) -> bool:
+    """Whether the request's scores are ranked, or its flags needed, on several ranks."""
+    return is_distributed(row.scores) or is_distributed(row.original)
+
+
+def _held_pairs(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Tensor]]:
+    """The same of what is here; and by identity of the shards there, the DTensors that they are of."""
+    found: list[tuple[Tensor, Tensor]] = []
+    wholes: dict[int, Tensor] = {}
+    shards: dict[int, Tensor] = {}
+    for original, mask in pairs:
+        held = original
+        if is_distributed(original):
+            held = shards.setdefault(id(original), held_here(original))
+            wholes[id(held)] = original
+            mask = values_here(mask, original)
+        found.append((held, mask))
+    return found, wholes
 
 
 def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list[Request], list[Request]]:
     """The requests that native code writes, and the others, each with flags or with a count to rank by."""
-    read_only = _first_read_only([request.original for request in requests])
+    for request in requests:
+        request.held = held_here(request.original, request.name)
+    read_only = _first_read_only([request.held for request in requests])
     for request in requests if read_only is not None else ():
-        if request.original is read_only:
+        if request.held is read_only:
             raise RuntimeError(
                 f"{request.name}: expected memory that can be written, to prune in place, got a read-only "
                 "mapping"
@@ -125,7 +171,7 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
     checked = None  # the amount before; most often all have the same
     with named() as about:
         for request in requests:
-            tensor, scores = request.original, request.scores
+            tensor, scores = request.held, request.scores
             about.name = request.name
             is_native = ops.is_native(tensor) and keeps_strides(tensor)
             (native if is_native else plain).append(request)
@@ -135,10 +181,12 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
                     checked = request.amount
                 request.count = pruned_count(scores, request.amount, request.dim)
                 together = scores is tensor or ops.are_native(scores, tensor)
-                if not is_native or p is None or not together:
+                if _is_sharded(request):
+                    pass  # ranked with the others
+                elif not is_native or p is None or not together:
                     request.keep = keep_flags(scores, n, request.dim, request.count)
             else:
-                request.keep = flags_here(tensor, request.dim, request.keep)
+                request.keep = flags_here(request.original, request.dim, request.keep)
             request.dim %= tensor.dim()
     return native, plain
 
@@ -155,12 +203,12 @@ def _choose(rows: Sequence[Request], p: float | None) -> None:
 def _pruned(row: Request) -> Tensor:
     """The indices of the channels that the request prunes."""
     assert row.keep is not None
-    return (~row.keep).nonzero().flatten().to(row.original.device)
+    return (~row.keep).nonzero().flatten().to(row.held.device)
 
 
 def _first_read_only(tensors: Sequence[Tensor]) -> Tensor | None:
     """A tensor whose memory is a read-only mapping of a file, where a write ends the process."""
-    here = [tensor for tensor in tensors if tensor.is_cpu]
+    here = [tensor for tensor in tensors if tensor.is_cpu and tensor.numel() > 0]
     place = ops.first_unwritable([tensor.data_ptr() for tensor in here])
     return here[place] if place < len(here) else None
 

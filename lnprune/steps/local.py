@@ -1,11 +1,22 @@
-"""Where values lie: the plain tensor that holds those of a tensor here, and the devices of a list."""
+"""Where values lie: the plain tensor that holds a tensor's values here, and which channels; devices.
+
+The values of a DTensor lie in shards, one on each rank of a mesh. What is here is the shard of this rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from lnprune.errors import named
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 # The types of tensors whose values lie in their own memory.
 PLAIN_TYPES = (Tensor, nn.Parameter)
@@ -13,30 +24,112 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the values lie in other tensors, as a DTensor's do."""
-    return hasattr(type(tensor), "__tensor_flatten__")
+    return type(tensor) not in PLAIN_TYPES and hasattr(type(tensor), "__tensor_flatten__")
 
 
-def held_here(tensor: Tensor, name: str) -> Tensor:
-    """The plain tensor that holds the values of ``tensor`` here, to change them for good: itself.
+def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether it is a DTensor, sharded over the ranks of a mesh or replicated on them."""
+    if not is_wrapper(tensor) or not dist.is_available():
+        return False
+    # It takes half a second to import.
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def held_here(tensor: Tensor, name: str = "") -> Tensor:
+    """The plain tensor that holds the values of ``tensor`` here: itself, or the shard of a DTensor.
+
+    What is written to it is written to ``tensor``.
 
     Raises:
-        RuntimeError: it is a wrapper, whose values new data would not reach.
+        RuntimeError: it is a wrapper of another kind, whose values new data would not reach.
+        ValueError: it is a DTensor of which no rank holds values (Partial), or this rank holds none.
     """
-    if is_wrapper(tensor):
-        raise RuntimeError(
-            f"{name}: expected a tensor that holds its own values to change them for good, got a "
-            f"{type(tensor).__name__}, whose values lie in other tensors: prune with masks, or before it "
-            "is distributed or wrapped"
+    if not is_wrapper(tensor):
+        return tensor
+    with named(name):
+        if not is_distributed(tensor):
+            raise RuntimeError(
+                f"expected a tensor that holds its own values to change them for good, got a "
+                f"{type(tensor).__name__}, whose values lie in other tensors: prune with masks, or before "
+                "it is wrapped"
+            )
+        check_is_held(tensor)
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def check_is_held(tensor: DTensor) -> None:
+    """Raises ValueError where no rank holds values of the DTensor (Partial), or this rank holds none."""
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(
+            f"expected a DTensor that is sharded or replicated, got placements {tensor.placements}, by "
+            "which its values are sums over ranks: redistribute it first"
         )
-    return tensor
+    if tensor.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"expected a rank of the DTensor's mesh, {tensor.device_mesh.mesh.tolist()}, got rank "
+            f"{dist.get_rank()}, which holds none of its values: call on the ranks of the mesh only"
+        )
+
+
+def sharded_dims(tensor: DTensor) -> list[int | None]:
+    """For each dim of the mesh, the dim of the tensor that it shards; None: each rank holds all of it."""
+    return [getattr(placement, "dim", None) for placement in tensor.placements]
+
+
+def channels_here(tensor: Tensor, dim: int) -> Tensor | None:
+    """Which channels along ``dim`` :func:`held_here` holds, in their order there; None: all of them.
+
+    Returns:
+        int64 indices on the device of the values.
+    """
+    dim %= tensor.dim()
+    if not is_distributed(tensor) or dim not in sharded_dims(tensor):
+        return None
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    # A tensor of the channels' numbers is sharded as the weight is, by the same rules.
+    placements: list[Any] = []
+    for placement, along in zip(tensor.placements, sharded_dims(tensor), strict=True):
+        factor = getattr(
+            placement, "split_factor", None
+        )  # of a dim that a later dim of the mesh shards too
+        if along != dim:
+            placements.append(Replicate())
+        elif factor is None:
+            placements.append(Shard(0))
+        else:
+            placements.append(type(placement)(0, split_factor=factor))  # type: ignore[call-arg]
+    device = held_here(tensor).device
+    numbers = torch.arange(tensor.shape[dim], device=device)
+    shard = distribute_tensor(numbers, tensor.device_mesh, placements, src_data_rank=None).to_local()
+    return shard.to(device)
 
 
 def flags_here(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
-    """The flags of those channels along ``dim`` that :func:`held_here` holds: all of them."""
+    """The flags of those channels along ``dim`` that :func:`held_here` holds."""
     channels = tensor.shape[dim]
     if keep.numel() != channels:
         raise ValueError(f"expected {channels} keep flags, one for each channel, got {keep.numel()}")
-    return keep
+    here = channels_here(tensor, dim)
+    return keep if here is None else keep[here.to(keep.device)]
+
+
+def values_here(tensor: Tensor, like: Tensor) -> Tensor:
+    """The values of ``tensor`` where :func:`held_here` of ``like``, of the same shape, holds its own."""
+    if not is_distributed(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    with torch.no_grad():
+        if not is_distributed(tensor):
+            tensor = distribute_tensor(tensor.detach(), mesh, placements, src_data_rank=None)
+        elif tensor.placements != placements or tensor.device_mesh != mesh:
+            tensor = tensor.redistribute(mesh, placements)
+        return tensor.to_local()
 
 
 def by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[int]]:

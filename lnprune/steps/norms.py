@@ -1,6 +1,7 @@
 """Rank: a list of weights -> the norms of their channels.
 
-Native code takes what it can, all weights of a device in one call. Plain torch takes the rest.
+Native code takes what it can, all weights of a device in one call. Plain torch takes the rest. Of sharded
+weights each rank measures its shard, and the ranks exchange one number for each channel.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lnprune.errors import named
-from lnprune.steps import ops, reference
-from lnprune.steps.local import by_device
+from lnprune.steps import ops, reference, sharding
+from lnprune.steps.local import by_device, held_here, is_distributed
 
 Order = Union[int, float, Literal["fro", "nuc"], None]
 
@@ -49,39 +50,98 @@ def channel_norms(
 
     What plain torch raises has the name of its tensor, where there are names.
     """
-    return _measured(ops.channel_norms, reference.channel_norms, tensors, n, dims, names)
+    return _measured(True, tensors, n, dims, names)
 
 
 def channel_sums(
     tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str] = ()
 ) -> list[Tensor]:
     """What :func:`channel_norms` takes the root of, which adds up where a channel has several slices."""
-    return _measured(ops.channel_sums, reference.channel_sums, tensors, n, dims, names)
+    return _measured(False, tensors, n, dims, names)
 
 
 def norms_of_sums(sums: Sequence[Tensor], n: Any) -> list[Tensor]:
     """The norms of channels with these sums, which are contiguous float64 of one device."""
     p = native_order(n)
-    return [reference.norms_of_sums(each, n) for each in sums] if p is None else ops.norms_of_sums(sums, p)
+    if p is None or any(not ops.is_native(each) for each in sums):
+        return [reference.norms_of_sums(each, n) for each in sums]
+    return ops.norms_of_sums(sums, p)
 
 
 def _measured(
-    native: Any, plain: Any, tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str]
+    has_root: bool, tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str]
 ) -> list[Tensor]:
+    native = ops.channel_norms if has_root else ops.channel_sums
+    plain = reference.channel_norms if has_root else reference.channel_sums
     p = native_order(n)
     found: list[Any] = [None] * len(tensors)
-    taken = []
+    taken, sharded = [], []
     for i, tensor in enumerate(tensors):
         if p is not None and ops.is_native(tensor):
             taken.append(i)
+        elif is_distributed(tensor):
+            sharded.append(i)
         else:
             with named(names[i] if names else ""):
                 found[i] = plain(tensor, n, dims[i])
     for places in by_device(tensors[i] for i in taken).values():
         indices = [taken[place] for place in places]
-        made = native([tensors[i] for i in indices], [dims[i] for i in indices], p)
+        made = native([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
         for i, each in zip(indices, made, strict=True):
             found[i] = each
+    if sharded:
+        asked = [tensors[i] for i in sharded], n, [dims[i] for i in sharded]
+        made = _of_shards(has_root, *asked, [names[i] for i in sharded if names])
+        for i, each in zip(sharded, made, strict=True):
+            found[i] = each
+    return found
+
+
+_FOLDS = {math.inf: torch.maximum, -math.inf: torch.minimum}  # which keep NaN; other orders add
+
+
+def _of_shards(
+    has_root: bool, tensors: Sequence[Any], n: Any, dims: Sequence[int], names: Sequence[str]
+) -> list[Tensor]:
+    """The same of DTensors: global, plain, and equal on all ranks."""
+    p = native_order(n)
+    if p is None:
+        # What is no order at all gets torch's error.
+        reference.channel_norms(torch.ones(1, 1, device="cpu"), n, 0)
+        raise RuntimeError(
+            f"{names[0] if names else 'n'}: expected a norm that is a sum over elements, for a sharded "
+            f"weight, got n={n!r}"
+        )
+    identity = math.inf if p == -math.inf else 0.0
+    found: list[Any] = [None] * len(tensors)
+    shared, sums = [], {}
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        here = held_here(tensor, names[i] if names else "")
+        if tensor.numel() == 0:  # which some orders have no norm of: on all ranks alike
+            with named(names[i] if names else ""):
+                found[i] = reference.channel_norms(here.new_empty(tensor.shape), n, dim)
+        elif here.is_meta:
+            found[i] = here.new_empty(tensor.shape[dim], dtype=torch.float64)
+        else:
+            shared.append(i)
+            if here.numel() == 0:
+                sums[i] = here.new_full((here.shape[dim],), identity, dtype=torch.float64)
+    full = [i for i in shared if i not in sums]
+    held = [held_here(tensors[i]).detach() for i in full]
+    sums.update(zip(full, _measured(False, held, n, [dims[i] for i in full], ()), strict=True))
+    whole = sharding.folded(
+        [tensors[i] for i in shared],
+        [sums[i] for i in shared],
+        [dims[i] for i in shared],
+        _FOLDS.get(p, torch.add),
+        identity,
+    )
+    for places in by_device(whole).values():
+        made = [whole[place] for place in places]
+        if has_root:
+            made = norms_of_sums(made, n)
+        for place, each in zip(places, made, strict=True):
+            found[shared[place]] = each
     return found
 
 

@@ -1,0 +1,86 @@
+"""Modules whose parameters are sharded over ranks: what FSDP2 keeps of them, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lnprune.torch_internals import fsdp_parameters, own_parameters
+
+Places = Iterable[tuple[nn.Module, str]]
+
+
+def check_is_sharded(places: Iterable[tuple[str, nn.Module, str]]) -> None:
+    """Raises RuntimeError where FSDP2 has gathered a parameter, by name, module and attribute.
+
+    After a forward without a backward, those of the root are gathered still. Values written to them would
+    be lost at the next forward.
+    """
+    gathered = {(id(each.module), each.name) for each in fsdp_parameters() if not each.is_sharded}
+    for name, module, attribute in places if gathered else ():
+        if not gathered.isdisjoint({(id(module), attribute), (id(module), attribute + "_orig")}):
+            raise RuntimeError(
+                f"{name}: expected a parameter that fully_shard() keeps in shards, got one that is "
+                "gathered, as after a forward without a backward: call reshard() of each module that "
+                "fully_shard() was called with, first"
+            )
+
+
+def kept_by_fsdp() -> Container[tuple[int, str]]:
+    """Of the parameters that FSDP2 registers anew by itself: identities of modules, and names in them."""
+    return {(id(each.module), each.name) for each in fsdp_parameters()}
+
+
+def check_takes_mask(module: nn.Module, attribute: str, kept: Container[tuple[int, str]]) -> None:
+    """Raises RuntimeError for a parameter of FSDP2, which registers it at each forward."""
+    if kept and ((id(module), attribute) in kept or (id(module), attribute + "_orig") in kept):
+        raise RuntimeError(
+            "fully_shard() registers this parameter anew at each forward, which no mask that comes or goes "
+            "outlives: expected permanent=True (local_structured, global_structured, Plan.apply) for a "
+            f"parameter without a mask, got {attribute!r} of {type(module).__name__} to mask or to unmask"
+        )
+
+
+def parameters_of(asked: Any) -> list[Tensor]:
+    """The parameters that a call about a model, or about pairs of modules and names, may be about.
+
+    The same on all ranks, even where the call is about to fail on one of them. None where no process group
+    is there.
+    """
+    if not _has_ranks():
+        return []
+    if isinstance(asked, nn.Module):
+        return parameters_at(
+            (module, attribute) for module in asked.modules() for attribute in own_parameters(module)
+        )
+    return parameters_at(pair for pair in asked if _is_place(pair)) if isinstance(asked, Iterable) else []
+
+
+def parameters_at(places: Places) -> list[Tensor]:
+    """The parameters at places, masked or not; of gathered ones, what they are sharded as."""
+    if not _has_ranks():
+        return []
+    sharded = {(id(each.module), each.name): each.sharded for each in fsdp_parameters()}
+    found: list[Tensor] = []
+    for module, attribute in places:
+        for name in (attribute, attribute + "_orig"):
+            parameter = sharded.get((id(module), name), own_parameters(module).get(name))
+            if parameter is not None:
+                found.append(parameter)
+    return found
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _is_place(pair: Any) -> bool:
+    return (
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], nn.Module)
+        and isinstance(pair[1], str)
+    )

@@ -1,0 +1,193 @@
+"""Ranks: sums of shards folded in the order of ranks, and calls that all ranks make alike or not at all.
+
+The engine is torch.distributed. A fold takes two collectives for each process group whose ranks shard a
+weight: ``all_to_all_single`` gives each rank its share of all vectors, ``all_gather_into_tensor`` the
+results. A plain ``all_reduce`` moves as many bytes, but adds in an order that depends on the place in the
+buffer: equal channels would not tie, and gloo's maximum loses NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lnprune.steps.local import channels_here, is_distributed, sharded_dims
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+Fold = Callable[[Tensor, Tensor], Tensor]
+
+_FAILED = -1  # what a rank says in place of a digest, which is never negative, when it has raised
+
+
+def folded(
+    tensors: Sequence[DTensor], sums: Sequence[Tensor], dims: Sequence[int], fold: Fold, identity: float
+) -> list[Tensor]:
+    """The sums of whole channels from those of their parts here, the same bits on all ranks.
+
+    Args:
+        tensors: sharded weights.
+        sums: of the channels that each has here, float64 of shape ``(channels here,)``.
+        dims: those of the channels.
+        fold: what makes one sum of two; elementwise.
+        identity: the sum of nothing.
+    """
+    vectors = []
+    for tensor, part, dim in zip(tensors, sums, dims, strict=True):
+        here = channels_here(tensor, dim)
+        whole = part
+        if here is not None:
+            whole = part.new_full((tensor.shape[dim],), identity)
+            whole[here.to(part.device)] = part
+        vectors.append(whole)
+    for group, mesh, places in _groups(tensors):
+        lengths = [vectors[i].numel() for i in places]
+        flat = torch.cat([vectors[i].to(_device(mesh, vectors[i])) for i in places])
+        made = _folded_over(group, flat, fold).split(lengths)
+        for i, vector in zip(places, made, strict=True):
+            vectors[i] = vector.to(vectors[i].device)
+    return vectors
+
+
+def _groups(tensors: Sequence[DTensor]) -> list[tuple[Any, DeviceMesh, list[int]]]:
+    """The process groups whose ranks hold different shards, in order of first use, and of which tensors."""
+    found: dict[str, tuple[Any, DeviceMesh, list[int]]] = {}
+    for i, tensor in enumerate(tensors):
+        mesh = tensor.device_mesh
+        for mesh_dim, dim in enumerate(sharded_dims(tensor)):
+            if dim is not None and mesh.size(mesh_dim) > 1:
+                group = mesh.get_group(mesh_dim)
+                found.setdefault(group.group_name, (group, mesh, []))[2].append(i)
+    return list(found.values())
+
+
+def _device(mesh: DeviceMesh, tensor: Tensor | None = None) -> torch.device:
+    """Where collectives of a mesh take place: the tensor's device, if it is one of the mesh's."""
+    if tensor is not None and tensor.device.type == mesh.device_type:
+        return tensor.device
+    return torch.device(mesh.device_type)
+
+
+def _folded_over(group: Any, flat: Tensor, fold: Fold) -> Tensor:
+    """One vector of all ranks' vectors: element by element, in the order of ranks."""
+    ranks = dist.get_world_size(group)
+    share = -(-flat.numel() // ranks)
+    sent = flat.new_zeros(ranks * share)
+    sent[: flat.numel()] = flat
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    rows = received.view(ranks, share)
+    mine = rows[0]
+    for row in rows[1:]:
+        mine = fold(mine, row)
+    _all_gather(sent, mine, group)
+    return sent[: flat.numel()]
+
+
+def _all_gather(whole: Tensor, mine: Tensor, group: Any) -> None:
+    """One collective, under the name that the running torch has for it."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, mine, group=group)
+
+
+class Agreement:
+    """A call that all ranks make: they ask for the same, or all of them raise.
+
+    A block around the checks of a call. What it raises is told to the other ranks, so that none waits for
+    one that is gone. Where no tensor is sharded it does nothing.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        # Of all dims of a mesh that shards something: replicas of a shard must not part ways.
+        self._groups: dict[str, tuple[Any, DeviceMesh]] = {}
+        for tensor in tensors:
+            if is_distributed(tensor) and _is_split(tensor):
+                mesh = tensor.device_mesh
+                for mesh_dim in range(mesh.ndim):
+                    if mesh.size(mesh_dim) > 1:
+                        group = mesh.get_group(mesh_dim)
+                        self._groups.setdefault(group.group_name, (group, mesh))
+        self._is_open = bool(self._groups)
+
+    def confirm(self, *asked: Any) -> None:
+        """Raises RuntimeError on all ranks where one raised before, or where they ask for different things.
+
+        Called before the first exchange and before the first write.
+
+        Args:
+            asked: what the call is about. Flags count by their values, other tensors by their layouts.
+        """
+        if self._is_open:
+            self._exchange(_digest(asked))
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is not None and self._is_open:
+            self._exchange(_FAILED)
+
+    def _exchange(self, mine: int) -> None:
+        self._is_open = False
+        failed: set[int] = set()
+        others: set[int] = set()
+        for group, mesh in self._groups.values():
+            # Who has found trouble in one group says so in the next ones, until all ranks know.
+            said = torch.tensor([_FAILED if failed or others else mine], device=_device(mesh))
+            heard = said.new_empty(dist.get_world_size(group))
+            _all_gather(heard, said, group)
+            for rank, word in zip(dist.get_process_group_ranks(group), heard.tolist(), strict=True):
+                if rank != dist.get_rank() and word != mine:
+                    (failed if word == _FAILED else others).add(rank)
+        if mine == _FAILED:
+            return
+        if others:
+            raise RuntimeError(
+                f"expected the same call on all ranks, with the same weights, got another one on rank "
+                f"{_listed(others)} than here, on rank {dist.get_rank()}: nothing is changed"
+            )
+        if failed:
+            raise RuntimeError(
+                f"the same call raised on rank {_listed(failed)}, or on a rank that this one shares shards "
+                "with, so that no rank goes on: nothing is changed"
+            )
+
+
+def _is_split(tensor: DTensor) -> bool:
+    mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:
+        return False  # a rank that takes no part
+    return any(
+        dim is not None and mesh.size(mesh_dim) > 1 for mesh_dim, dim in enumerate(sharded_dims(tensor))
+    )
+
+
+def _digest(asked: Any) -> int:
+    """A number of 63 bits, the same on all ranks for the same things."""
+    return int.from_bytes(hashlib.sha256(repr(_told(asked)).encode()).digest()[:8], "big") >> 1
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        is_flags = value.dtype is torch.bool and not is_distributed(value)
+        return bytes(value.tolist()) if is_flags else _layout(value)
+    return [_told(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Type, dtype, shape, mesh and placements."""
+    layout = type(tensor).__name__, str(tensor.dtype), tuple(tensor.shape)
+    if not is_distributed(tensor):
+        return layout
+    return (*layout, tuple(tensor.device_mesh.shape), str(tensor.placements))

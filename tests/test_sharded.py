@@ -1,0 +1,651 @@
+"""Sharded weights: FSDP2, tensor parallel and their mixtures do what the unsharded model does."""
+
+import copy
+import math
+import mmap
+import pathlib
+import re
+import tempfile
+
+import pytest
+import torch
+from ranks import raised_by, ranks
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lnprune
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
+
+ORDERS = [0, 0.5, 1, 2, 3, math.inf, -math.inf]
+EXACT = [0, math.inf, -math.inf]  # orders whose norms no order of addition changes
+
+# By name: how many ranks each dim of the mesh has (-1: all the others), and the placements along each.
+# "S0" shards dim 0, "R" replicates.
+LAYOUTS = {
+    "rows": ([-1], ["S0"]),
+    "columns": ([-1], ["S1"]),
+    "replicated": ([-1], ["R"]),
+    "rows and columns": ([2, -1], ["S0", "S1"]),
+    "rows twice": ([2, -1], ["S0", "S0"]),
+    "replicas of rows": ([2, -1], ["R", "S0"]),
+    "replicas of columns": ([-1, 2], ["S1", "R"]),
+    "rows on one dim of two": ([1, -1], ["S0", "S1"]),
+}
+
+
+def make_mesh(sizes):
+    """A mesh of all ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    known = math.prod(size for size in sizes if size > 0)
+    others = torch.distributed.get_world_size() // known
+    names = ("a", "b", "c")[: len(sizes)]
+    return init_device_mesh("cpu", [size if size > 0 else others for size in sizes], mesh_dim_names=names)
+
+
+def sharded(tensor, mesh, placements):
+    """A DTensor of a tensor that all ranks have."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    made = [Replicate() if word == "R" else Shard(int(word[1:])) for word in placements]
+    return distribute_tensor(tensor.detach().clone(), mesh, made, src_data_rank=None)
+
+
+def layers():
+    """Weights whose channels no number of ranks divides, fewer channels than ranks, and convolutions."""
+    return nn.Sequential(
+        nn.Linear(6, 13),
+        nn.Linear(13, 5),
+        nn.Conv2d(3, 7, 3),
+        nn.Linear(5, 1),
+        nn.Linear(1, 3),
+        nn.ConvTranspose2d(4, 6, (1, 2)),
+    )
+
+
+def shard_weights(model, mesh, placements):
+    """The model, with its weights as DTensors."""
+    for layer in model:
+        layer.weight = nn.Parameter(sharded(layer.weight, mesh, placements))
+    return model
+
+
+def whole(tensor):
+    """A plain tensor with all values."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def same_bits(a, b):
+    """Whether two lists of tensors, sharded or not, have the same bits."""
+    for x, y in zip(a, b, strict=True):
+        left, right = whole(x.detach()).contiguous(), whole(y.detach()).contiguous()
+        if not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+            return False
+    return True
+
+
+def spans_ranks(placements, mesh, dim):
+    """Whether the slices of one channel lie on several ranks."""
+    return any(
+        word != "R" and int(word[1:]) != dim and mesh.size(i) > 1 for i, word in enumerate(placements)
+    )
+
+
+def check_norms(expected, got, exact):
+    """Equal, or where sums were added in another order, equal but for rounding."""
+    assert type(got) is torch.Tensor
+    assert got.dtype is torch.float64
+    if exact:
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=0, equal_nan=True)
+
+
+def chooses_what_the_whole_model_does(layout, dtype, orders):
+    """All orders, both dims, local and global, from one layout."""
+    sizes, placements = LAYOUTS[layout]
+    mesh = make_mesh(sizes)
+    model = layers().to(dtype)
+    with torch.no_grad():
+        model[0].weight[12, 0] = math.nan  # in the last rank's shard, however they are cut
+        model[1].weight[0, 3] = math.inf
+        model[1].weight[2] = 0
+        model[2].weight[:, 1] = 0
+    shards = shard_weights(copy.deepcopy(model), mesh, placements)
+    for n in orders:
+        for dim in (0, 1, "out"):
+            expected, got = lnprune.rank(model, n, dim), lnprune.rank(shards, n, dim)
+            assert got.names == expected.names
+            for layer, (name, norms) in zip(model, expected.norms.items(), strict=True):
+                along = dim if dim != "out" else 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+                exact = n in EXACT or not spans_ranks(placements, mesh, along)
+                check_norms(norms, got.norms[name], exact)
+            for options in ({}, {"scope": "global", "min_channels": 0}):
+                keep = got.select(0.4, **options).keep
+                for name, flags in expected.select(0.4, **options).keep.items():
+                    assert torch.equal(keep[name], flags), (n, dim, name)
+
+
+def writes_what_the_whole_model_does(layout, dtype):
+    """In place by plan, by amounts and by global ranking, and undone, with biases that are not sharded."""
+    sizes, placements = LAYOUTS[layout]
+    mesh = make_mesh(sizes)
+    model = layers().to(dtype)
+    for n, dim in ((2, "out"), (1, "in"), (math.inf, 0), (-math.inf, 1)):
+        bias = dim == "out"
+        expected = copy.deepcopy(model)
+        got = shard_weights(copy.deepcopy(model), mesh, placements)
+        lnprune.rank(expected, n, dim).select(0.4).apply(permanent=True, bias=bias)
+        plan = lnprune.rank(got, n, dim).select(0.4).apply(permanent=True, bias=bias, keep_backup=True)
+        assert same_bits(expected.parameters(), got.parameters())
+        plan.undo()
+        assert same_bits(model.parameters(), got.parameters())
+        plan.apply(permanent=True, bias=bias)
+        assert same_bits(expected.parameters(), got.parameters())
+
+        expected = lnprune.local_structured(copy.deepcopy(model), 0.4, n, dim, permanent=True)
+        got = shard_weights(copy.deepcopy(model), mesh, placements)
+        assert lnprune.local_structured(got, 0.4, n, dim, permanent=True) is got
+        assert same_bits(expected.parameters(), got.parameters())
+        assert not list(got.buffers())
+
+        expected = lnprune.global_structured(copy.deepcopy(model), 0.4, n, dim, permanent=True)
+        got = shard_weights(copy.deepcopy(model), mesh, placements)
+        lnprune.global_structured(got, 0.4, n, dim, permanent=True)
+        assert same_bits(expected.parameters(), got.parameters())
+
+
+def ranks_scores_and_mixtures():
+    """Scores sharded otherwise than the weight, or not at all; plain weights beside sharded ones."""
+    mesh = make_mesh([-1])
+    model = layers()
+    scores = {f"{i}.weight": torch.randn_like(layer.weight) for i, layer in enumerate(model) if i < 4}
+    given = {
+        name: sharded(score, mesh, [placement])
+        for (name, score), placement in zip(scores.items(), ("S0", "S1", "R", "S0"), strict=True)
+    }
+    given["1.weight"] = scores["1.weight"]
+    mixed = copy.deepcopy(model)
+    for i in (0, 1, 2):
+        mixed[i].weight = nn.Parameter(sharded(mixed[i].weight, mesh, ["S1"]))
+    for permanent in (True,):
+        expected, got = copy.deepcopy(model), copy.deepcopy(mixed)
+        for each, some in ((expected, scores), (got, given)):
+            lnprune.local_structured(each, 0.5, 2, 0, some, permanent=permanent)
+        assert same_bits(expected.parameters(), got.parameters())
+    plan = lnprune.rank(mixed, 2, 0, given).select(0.5)
+    for name, flags in lnprune.rank(model, 2, 0, scores).select(0.5).keep.items():
+        assert torch.equal(plan.keep[name], flags)
+
+
+GRID = [
+    *((count, layout) for count in (2, 3) for layout in ("rows", "columns", "replicated")),
+    *((4, layout) for layout in LAYOUTS),
+    (2, "rows on one dim of two"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("count", "layout"), GRID)
+def test_the_same_channels_as_unsharded(count, layout, dtype):
+    ranks(count).run(chooses_what_the_whole_model_does, layout, dtype, ORDERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "layout"), GRID)
+def test_the_same_zeros_as_unsharded(count, layout, dtype):
+    ranks(count).run(writes_what_the_whole_model_does, layout, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_scores_and_plain_weights_beside_shards(count):
+    ranks(count).run(ranks_scores_and_mixtures)
+
+
+def test_two_ranks_choose_and_write_what_one_does():
+    ranks(2).run(chooses_what_the_whole_model_does, "columns", torch.float32, [2, -math.inf])
+    ranks(2).run(writes_what_the_whole_model_does, "rows", torch.float32)
+
+
+def runs_the_page(page):
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    model, plan = names["model"], names["plan"]
+    kept = sum(int(whole(layer.weight).any(dim=1).sum()) for layer in (model[0], model[2], model[4]))
+    assert kept == sum(int(flags.sum()) for flags in plan.keep.values()) == 165
+
+
+def test_code_of_the_docs_runs_on_two_ranks():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "sharded.md"
+    ranks(2).run(runs_the_page, page.read_text())
+
+
+# Dtypes that native code does not take, and tensors of one dim.
+
+
+def takes_any_dtype():
+    mesh = make_mesh([-1])
+    for dtype in (torch.complex64, torch.float8_e4m3fn, torch.float16):
+        for placements in (["S0"], ["S1"]):
+            weight = torch.randn(5, 6, dtype=torch.complex64 if dtype.is_complex else torch.float32)
+            weight = weight.to(dtype)
+            model, shards = nn.Module(), nn.Module()
+            model.weight = nn.Parameter(weight.clone())
+            shards.weight = nn.Parameter(sharded(weight, mesh, placements))
+            expected = lnprune.rank([(model, "weight")], 2, 0)
+            got = lnprune.rank([(shards, "weight")], 2, 0)
+            # Of complex numbers torch takes the root in its own way.
+            exact = placements == ["S0"] and not dtype.is_complex
+            check_norms(expected.norms["0.weight"], got.norms["0.weight"], exact)
+            expected.select(2).apply(permanent=True)
+            plan = got.select(2).apply(permanent=True, keep_backup=True)
+            held = model.weight.to_local() if hasattr(model.weight, "to_local") else model.weight
+            local = shards.weight.to_local()
+            shard = sharded(held.detach(), mesh, placements).to_local()
+            assert torch.equal(local.view(torch.uint8), shard.view(torch.uint8))
+            plan.undo()
+            before = sharded(weight, mesh, placements).to_local()
+            assert torch.equal(shards.weight.to_local().view(torch.uint8), before.view(torch.uint8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_dtypes_that_native_code_does_not_take(count):
+    ranks(count).run(takes_any_dtype)
+
+
+# FSDP2 and tensor parallel as users set them up.
+
+
+def blocks():
+    """A model with an uneven number of channels."""
+    return nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 11), nn.ReLU(), nn.Linear(11, 7))
+
+
+def parallel(model, kind):
+    """The model as a user would distribute it."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    count = torch.distributed.get_world_size()
+    if kind == "fully_shard":
+        mesh, split = make_mesh([count]), None
+    elif kind == "replicated fully_shard":
+        mesh, split = make_mesh([2, -1]), None
+    elif kind == "tensor parallel":
+        mesh, split = None, make_mesh([count])
+    else:
+        both = make_mesh([-1, 2])
+        mesh, split = both["a"], both["b"]
+    if split is not None:
+        parallelize_module(model, split, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    if mesh is not None:
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+KINDS = [
+    *((count, kind) for count in (2, 3, 4) for kind in ("fully_shard", "tensor parallel")),
+    (4, "replicated fully_shard"),
+    (4, "fully_shard over tensor parallel"),
+]
+
+
+def prunes_parallel_models(kind):
+    for n in ORDERS:
+        for dim in ("out", "in"):
+            model = blocks()
+            shards = parallel(copy.deepcopy(model), kind)
+            expected, got = lnprune.rank(model, n, dim), lnprune.rank(shards, n, dim)
+            assert got.names == expected.names
+            for name, norms in expected.norms.items():
+                torch.testing.assert_close(got.norms[name], norms, rtol=1e-14, atol=0)
+            bias = dim == "out"
+            want = expected.select(0.5, scope="global").apply(permanent=True, bias=bias)
+            plan = got.select(0.5, scope="global").apply(permanent=True, bias=bias, keep_backup=True)
+            for name, flags in want.keep.items():
+                assert torch.equal(plan.keep[name], flags)
+            assert same_bits(model.parameters(), shards.parameters())
+            inputs = torch.randn(3, 10)
+            with torch.no_grad():
+                expected_outputs, outputs = model(inputs), whole(shards(inputs))
+            if kind.endswith("fully_shard"):
+                assert torch.equal(outputs, expected_outputs), "bit for bit"
+            else:
+                torch.testing.assert_close(outputs, expected_outputs)
+
+
+def undoes_every_bit(kind):
+    model = parallel(blocks(), kind)
+    before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
+    plan = lnprune.rank(model, 2, "out").select(0.5)
+    plan.apply(permanent=True, bias=True, keep_backup=True)
+    assert not same_bits(before, model.parameters())
+    model(torch.randn(3, 10)).sum().backward()
+    plan.undo()
+    assert same_bits(before, model.parameters())
+    plan.apply(permanent=True, bias=True, keep_backup=True)
+    with torch.no_grad():
+        lnprune.steps.local.held_here(model[0].weight).fill_(1)  # on some ranks in a pruned channel
+    message = raised_by(plan.undo)
+    assert "replaced since" in message or "raised on rank" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "kind"), KINDS)
+def test_models_in_parallel(count, kind):
+    ranks(count).run(prunes_parallel_models, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "kind"), KINDS)
+def test_undo_brings_every_bit_back_on_every_rank(count, kind):
+    ranks(count).run(undoes_every_bit, kind)
+
+
+# Ties.
+
+
+def keeps_the_lower_index():
+    mesh = make_mesh([-1])
+    for _ in range(12):
+        column = torch.randn(64, 1)
+        model = nn.Linear(4096, 64, bias=False)
+        model.weight = nn.Parameter(sharded(column.expand(64, 4096), mesh, ["S0"]))
+        for n in (2, 3, 0.5):
+            ranking = lnprune.rank([(model, "weight")], n, 1)
+            assert ranking.norms["0.weight"].unique().numel() == 1
+            keep = ranking.select(0.5).keep["0.weight"]
+            assert keep[:2048].all()
+            assert not keep[2048:].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_of_identical_channels_the_lower_index_stays(count):
+    ranks(count).run(keeps_the_lower_index)
+
+
+# Plans from one mesh for another, and checkpoints.
+
+
+def saves_a_plan(folder):
+    from torch.distributed import checkpoint
+
+    torch.manual_seed(0)
+    model = parallel(blocks(), "fully_shard over tensor parallel")
+    before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
+    plan = lnprune.rank(model, 2, "out").select(0.5, scope="global")
+    plan.save(f"{folder}/plan{torch.distributed.get_rank()}.json")
+    plan.apply(permanent=True)
+    checkpoint.save(model.state_dict(), checkpoint_id=f"{folder}/checkpoint")
+    return before, [whole(parameter.detach()) for parameter in model.parameters()]
+
+
+def loads_a_plan(folder, before, expected):
+    from torch.distributed import checkpoint
+
+    model = parallel(blocks(), "fully_shard")
+    state = model.state_dict()
+    checkpoint.load(state, checkpoint_id=f"{folder}/checkpoint")
+    model.load_state_dict(state)
+    assert same_bits(expected, model.parameters())
+
+    fresh = blocks()
+    with torch.no_grad():
+        for parameter, values in zip(fresh.parameters(), before, strict=True):
+            parameter.copy_(values)
+    fresh = parallel(fresh, "fully_shard")
+    lnprune.load_plan(f"{folder}/plan3.json", fresh).apply(permanent=True)
+    assert same_bits(expected, fresh.parameters())
+    rank = torch.distributed.get_rank()
+    path = f"{folder}/plan{rank}.json" if rank else f"{folder}/nothing.json"
+    message = raised_by(lambda: lnprune.load_plan(path, fresh))
+    assert ("No such file" if rank == 0 else "raised on rank 0") in message
+
+
+@pytest.mark.slow
+def test_a_checkpoint_and_a_plan_of_four_ranks_on_two():
+    with tempfile.TemporaryDirectory() as folder:
+        before, expected = ranks(4).run(saves_a_plan, folder)[0]
+        ranks(2).run(loads_a_plan, folder, before, expected)
+
+
+# Traffic and memory.
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the largest tensor that is made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {_address(leaf) for leaf in torch.utils._pytree.tree_leaves((args, kwargs))}
+        made = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(made):
+            if isinstance(leaf, torch.Tensor) and _address(leaf) not in known:
+                self.largest = max(self.largest, leaf.numel() * leaf.element_size())
+        return made
+
+
+def _address(leaf):
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return (leaf._local_tensor if hasattr(leaf, "_local_tensor") else leaf).untyped_storage().data_ptr()
+
+
+def measures_traffic(layout, groups):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    sizes, placements = LAYOUTS[layout]
+    mesh = make_mesh(sizes)
+    model = nn.Sequential(*(nn.Linear(512, 400, bias=False) for _ in range(3)))
+    shards = shard_weights(model, mesh, placements)
+    channels = 3 * 400
+    lnprune.rank(shards, 2, 0)  # groups connect at their first use
+    exchanged, agreed = groups
+    plan = lnprune.rank(shards, 2, 0).select(0.5)
+    for call, exchanges in (
+        (lambda: lnprune.rank(shards, 2, 0), exchanged),
+        (lambda: lnprune.local_structured(shards, 0.1, 2, 0, permanent=True), exchanged),
+        (lambda: plan.apply(permanent=True), 0),
+    ):
+        with CommDebugMode() as traffic, Allocations() as allocations:
+            call()
+        assert traffic.get_total_counts() == 2 * exchanges + agreed, traffic.get_comm_counts()
+        # A sum for each channel, padded to a multiple of the ranks; scalars beside it.
+        assert allocations.largest <= 8 * (channels + torch.distributed.get_world_size())
+    plan = lnprune.rank(shards, 2, 0)
+    with CommDebugMode() as traffic:
+        plan.select(0.5)
+    assert traffic.get_total_counts() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    [
+        ("rows", (1, 1)),
+        ("columns", (1, 1)),
+        ("replicated", (0, 0)),
+        ("rows and columns", (2, 2)),
+        ("replicas of rows", (1, 2)),  # replicas agree on what they do, and exchange nothing
+    ],
+)
+def test_two_collectives_for_each_group_and_one_to_agree(layout, groups):
+    ranks(4).run(measures_traffic, layout, groups)
+
+
+# Errors.
+
+
+def raises_on_all_ranks():
+    from torch.distributed.fsdp import fully_shard
+
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mesh = make_mesh([-1])
+    model = parallel(blocks(), "fully_shard")
+    before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
+
+    def both(call, here, there="the same call raised on rank 0"):
+        message = raised_by(call)
+        assert (here if rank == 0 else there) in message, message
+        assert same_bits(before, model.parameters())
+
+    other = "got another one on rank"
+    both(lambda: lnprune.rank(model, 2, 5 if rank == 0 else 0), "dim 5 is out of range")
+    both(lambda: lnprune.rank(model, 2, 5), "dim 5 is out of range", "dim 5 is out of range")
+    both(lambda: lnprune.rank(model, 1 if rank == 0 else 2, 0), other, other)
+    both(lambda: lnprune.rank(model, 2, int(rank == 0)), other, other)
+    both(lambda: lnprune.rank(model, 2, 0, include="0" if rank == 0 else None), other, other)
+    both(lambda: lnprune.rank(model, 2, 0, include="x" if rank == 0 else None), "matches nothing")
+    both(lambda: lnprune.local_structured(model, 2.5, 2, 0, permanent=True), "amount=2.5", "amount=2.5")
+    both(lambda: lnprune.local_structured(model, -1 if rank == 0 else 1, 2, 0, permanent=True), "amount")
+    both(lambda: lnprune.local_structured(model, 1 + (rank == 0), 2, 0, permanent=True), other, other)
+    both(lambda: lnprune.rank(model, "nuc", 0), "n='nuc'", "n='nuc'")
+    both(lambda: lnprune.rank(model, "abc", 0), "Error", "Error")
+    pairs = [(model[0], "weight"), (model[2], "weight")]
+    both(lambda: lnprune.rank(pairs[: 1 + (rank == 0)], 2, 0), other, other)
+    both(lambda: lnprune.rank(iter(pairs[:1] * (1 + (rank == 0))), 2, 0), "every parameter once")
+
+    ranking = lnprune.rank(model, 2, 0)
+    both(lambda: ranking.select(1 + (rank == 0)).apply(permanent=True), other, other)
+    both(lambda: ranking.select(1).apply(permanent=rank == 0, keep_backup=rank == 0), other, other)
+    both(lambda: ranking.select(1).apply(), "permanent=True", "permanent=True")
+    both(lambda: lnprune.local_structured(model, 1, 2, 0), "permanent=True", "permanent=True")
+    both(lambda: lnprune.ln_structured(model[0], "weight", 1, 2, 0), "permanent=True", "permanent=True")
+    with lnprune.reference_ranking():
+        both(lambda: lnprune.rank(model, 2, 0), "reference_ranking", "reference_ranking")
+        call = lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True)  # noqa: E731
+        both(call, "reference_ranking", "reference_ranking")
+    plan = ranking.select(1).apply(permanent=True)
+    before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
+    both(plan.undo, "the values are gone", "the values are gone")
+
+    # Gathered parameters: of the root, after a forward without a backward.
+    plan = ranking.select(2)
+    root = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    fully_shard(root, mesh=mesh)
+    saved = lnprune.rank(root, 2, 0).select(1)
+    with torch.no_grad():
+        root(torch.randn(2, 6))
+    for call in (
+        lambda: lnprune.rank(root, 2, 0),
+        lambda: lnprune.rank(root[0], 2, 0),
+        lambda: lnprune.local_structured([(root[0], "weight")], 1, 2, 0, permanent=True),
+        lambda: saved.apply(permanent=True),
+    ):
+        both(call, "call reshard()", "call reshard()")
+    root.reshard()
+    saved.apply(permanent=True, keep_backup=True)
+    with torch.no_grad():
+        root(torch.randn(2, 6))
+    both(saved.undo, "call reshard()", "call reshard()")
+    root.reshard()
+    saved.undo()
+
+    # Placements.
+    partial = nn.Linear(6, 4, bias=False)
+    partial.weight = nn.Parameter(_partial(torch.randn(4, 6), mesh))
+    for call in (
+        lambda: lnprune.rank([(partial, "weight")], 2, 0),
+        lambda: lnprune.local_structured([(partial, "weight")], 1, 2, 0, permanent=True),
+    ):
+        both(call, "0.weight: expected a DTensor that is", "0.weight: expected a DTensor that is")
+    assert count > 1
+
+
+def raises_where_one_shard_cannot_be_written(folder):
+    """A write to that one would end its process. No other rank writes, either."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    rank, mesh = torch.distributed.get_rank(), make_mesh([-1])
+    local = torch.randn(4, 6)
+    if rank == 0:
+        path = pathlib.Path(folder) / "weight"
+        path.write_bytes(local.numpy().tobytes())
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        local = torch.frombuffer(mapping, dtype=torch.float32).view(4, 6)
+    model = nn.Linear(6, 4, bias=False)
+    model.weight = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
+    before = local.clone()
+    plan = lnprune.rank([(model, "weight")], 2, 1).select(3)
+    for call in (
+        lambda: plan.apply(permanent=True, keep_backup=True),
+        lambda: lnprune.local_structured([(model, "weight")], 3, 2, 1, permanent=True),
+    ):
+        assert ("read-only mapping" if rank == 0 else "raised on rank 0") in raised_by(call)
+        assert torch.equal(local, before)
+
+
+def _partial(tensor, mesh):
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(tensor, mesh, [Partial()])
+
+
+def raises_outside_of_the_mesh():
+    from torch.distributed.device_mesh import DeviceMesh
+
+    inside = torch.distributed.get_rank() < 2
+    mesh = DeviceMesh("cpu", [0, 1])
+    model = nn.Linear(6, 4)
+    model.weight = nn.Parameter(sharded(model.weight, mesh, ["S0"]))
+    calls = [
+        lambda: lnprune.rank([(model, "weight")], 2, 0),
+        lambda: lnprune.local_structured([(model, "weight")], 1, 2, 0, permanent=True),
+    ]
+    for call in calls:
+        if inside:
+            call()
+        else:
+            assert "ValueError: 0.weight: expected a rank of the DTensor's mesh" in raised_by(call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_errors_are_raised_on_all_ranks_and_none_waits(count):
+    ranks(count).run(raises_on_all_ranks, limit=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_shard_that_cannot_be_written(count, tmp_path):
+    ranks(count).run(raises_where_one_shard_cannot_be_written, str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 4])
+def test_ranks_outside_of_the_mesh(count):
+    ranks(count).run(raises_outside_of_the_mesh)
+
+
+def _another_call_on_one_rank(kind):
+    """On a mesh of two dims all learn of the rank that did otherwise."""
+    model = parallel(blocks(), kind)
+    rank = torch.distributed.get_rank()
+    for trouble in range(4):
+        messages = (
+            raised_by(lambda: lnprune.rank(model, 2, int(rank == trouble))),  # noqa: B023
+            raised_by(lambda: lnprune.rank(model, 2, 9 if rank == trouble else 0)),  # noqa: B023
+        )
+        assert "another" in messages[0] or "raised on rank" in messages[0]
+        assert "out of range" in messages[1] or "raised on rank" in messages[1]
+    lnprune.rank(model, 2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fully_shard over tensor parallel", "replicated fully_shard"])
+def test_every_rank_of_a_mesh_of_two_dims_learns_of_trouble(kind):
+    ranks(4).run(_another_call_on_one_rank, kind)
