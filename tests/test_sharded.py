@@ -351,6 +351,74 @@ def test_undo_brings_every_bit_back_on_every_rank(count, kind):
     ranks(count).run(undoes_every_bit, kind)
 
 
+# Training on.
+
+
+def trains_as_with_masks(kind, make):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = blocks()
+    masked, shards = copy.deepcopy(model), parallel(copy.deepcopy(model), kind)
+    steps = [(each, make(each.parameters())) for each in (masked, shards)]
+    inputs, targets = torch.randn(32, 10), torch.randint(7, (32,))
+
+    def losses(count):
+        found = []
+        for each, optimizer in steps:
+            for _ in range(count):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(whole(each(inputs)), targets)
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+        torch.testing.assert_close(found[:count], found[count:], rtol=1e-5, atol=1e-6)
+
+    losses(3)  # momentum of before
+    lnprune.rank(masked, 2, "out").select(0.5).apply(bias=True)
+    plan = lnprune.rank(shards, 2, "out").select(0.5).apply(permanent=True, bias=True)
+    plan.keep_zeros(steps[1][1])
+    losses(3)
+    gone = [~flags for flags in plan.keep.values()]
+    zeros = lambda: [(whole(shards[i].weight) == 0).all(dim=1) for i in (0, 2, 4)]  # noqa: E731
+    assert all(torch.equal(*pair) for pair in zip(zeros(), gone, strict=True))
+    # After a forward without a backward FSDP2 has gathered the root's parameters.
+    with torch.no_grad():
+        shards(inputs)
+    with CommDebugMode() as traffic:
+        steps[1][1].step()
+    assert traffic.get_total_counts() == 0
+    if hasattr(shards, "reshard"):
+        shards.reshard()
+    assert all(torch.equal(*pair) for pair in zip(zeros(), gone, strict=True))
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [adamw, momentum])
+@pytest.mark.parametrize(("count", "kind"), KINDS)
+def test_zeros_stay_and_losses_are_those_with_masks(count, kind, make):
+    ranks(count).run(trains_as_with_masks, kind, make)
+
+
+def _notices_a_change():
+    model = shard_weights(nn.Sequential(nn.Linear(6, 4, bias=False)), make_mesh([-1]), ["S0"])
+    plan = lnprune.rank(model, 2, 0).select(0.5)
+    output = (model[0].weight * model[0].weight).sum()
+    plan.apply(permanent=True)
+    assert "modified by an inplace operation" in raised_by(output.backward)
+
+
+def test_autograd_sees_that_a_sharded_weight_changed():
+    ranks(2).run(_notices_a_change)
+
+
 # Ties.
 
 
@@ -465,10 +533,13 @@ def measures_traffic(layout, groups):
         assert traffic.get_total_counts() == 2 * exchanges + agreed, traffic.get_comm_counts()
         # A sum for each channel, padded to a multiple of the ranks; scalars beside it.
         assert allocations.largest <= 8 * (channels + torch.distributed.get_world_size())
-    plan = lnprune.rank(shards, 2, 0)
+    ranking = lnprune.rank(shards, 2, 0)
     with CommDebugMode() as traffic:
-        plan.select(0.5)
+        ranking.select(0.5)
     assert traffic.get_total_counts() == 0
+    with CommDebugMode() as traffic:
+        lnprune.rank(shards, -1, 0)  # with counts, since norms of 0 are not those of zeros
+    assert traffic.get_total_counts() == 2 * exchanged + agreed, traffic.get_comm_counts()
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lnprune.errors import named
 from lnprune.modules.backup import Backup
 from lnprune.modules.finding import parameter_of
+from lnprune.modules.kept_zeros import keep_zeros
 from lnprune.modules.layer_types import bias_part, known_weights
 from lnprune.modules.parameters import Weight, current_tensor
 from lnprune.modules.registration import ParameterState, Part, Pruning, Target, unregister
@@ -174,11 +176,12 @@ class Application:
         with Agreement(parameters_at(places)) as agreement, Transaction() as transaction:
             if not permanent:
                 _check_hold_masks(slices)
-            targets = _targets(slices, bias)
+            targets = self._targets = _targets(slices, bias)
             self._names = [target.name for target in targets]
-            self._has_values = keep_backup or not permanent
+            self._is_permanent, self._has_values = permanent, keep_backup or not permanent
             self._before = [ParameterState(target.module, target.attribute) for target in targets]
             self._backups: list[Backup] = []
+            self._handles: list[RemovableHandle] = []
             asked = [(target.name, target.dim, target.keep, target.part) for target in targets]
             agree = functools.partial(agreement.confirm, "apply", permanent, keep_backup, asked)
             if permanent:
@@ -209,6 +212,15 @@ class Application:
                 backup.put_back()
             for state in reversed(self._before):
                 state.restore()
+        for handle in self._handles:
+            handle.remove()
+
+    def keep_zeros(self, optimizer: Any) -> RemovableHandle:
+        """As :meth:`Plan.keep_zeros`."""
+        if not self._is_permanent:
+            raise RuntimeError("keep_zeros is for zeros without masks: masks keep theirs in every forward")
+        self._handles.append(keep_zeros(self._targets, optimizer))
+        return self._handles[-1]
 
     def _check_is_current(self) -> None:
         """Raises RuntimeError where parameters, or values that were overwritten, changed since."""

@@ -63,14 +63,15 @@ def parameters_at(places: Places) -> list[Tensor]:
     """The parameters at places, masked or not; of gathered ones, what they are sharded as."""
     if not _has_ranks():
         return []
+    pairs = list(places)
+    found = parameters_now([*pairs, *((module, attribute + "_orig") for module, attribute in pairs)])
+    return [parameter for parameter in found if parameter is not None]
+
+
+def parameters_now(places: Places) -> list[Tensor | None]:
+    """What modules have registered as parameters; of gathered ones, what they are sharded as."""
     sharded = {(id(each.module), each.name): each.sharded for each in fsdp_parameters()}
-    found: list[Tensor] = []
-    for module, attribute in places:
-        for name in (attribute, attribute + "_orig"):
-            parameter = sharded.get((id(module), name), own_parameters(module).get(name))
-            if parameter is not None:
-                found.append(parameter)
-    return found
+    return [sharded.get((id(module), name), own_parameters(module).get(name)) for module, name in places]
 
 
 def _has_ranks() -> bool:

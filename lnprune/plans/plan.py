@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lnprune.errors import check_flags, shown
 from lnprune.modules.application import Application, Part, Slices, Weight
@@ -246,6 +247,40 @@ class Plan:
         if self._coupled is None:
             raise RuntimeError(NOT_COUPLED)
         return self._coupled.compact(verify, inplace, example_inputs)
+
+    def keep_zeros(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Zeroes the channels that the plan has pruned again after every step of an optimizer.
+
+        Momentum and weight decay move what a gradient moved before. With this, zeros that were written in
+        place stay zeros, as those of masks do; what else the optimizer does is unchanged. It takes one
+        native call for each device, and of sharded parameters each rank writes to its shard.
+
+        Args:
+            optimizer: one that steps the pruned parameters, which are looked up after each step.
+
+        Returns:
+            a handle whose ``remove()`` ends it; also a context manager. :meth:`undo` ends it too.
+
+        Raises:
+            RuntimeError: the plan is not applied, or with masks.
+            TypeError: ``optimizer`` is none.
+            ValueError: it steps none of the pruned parameters.
+
+        Example:
+            >>> import lnprune
+            >>> import torch
+            >>> model = torch.nn.Linear(8, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            >>> plan = lnprune.rank(model, n=2, dim="out").select(0.5).apply(permanent=True)
+            >>> handle = plan.keep_zeros(optimizer)
+            >>> model(torch.randn(2, 8)).sum().backward()
+            >>> optimizer.step()
+            >>> int((model.weight == 0).all(dim=1).sum())
+            2
+        """
+        if self._application is None:
+            raise RuntimeError("this plan is not applied: apply(permanent=True) it before keep_zeros")
+        return self._application.keep_zeros(optimizer)
 
     def undo(self) -> Plan:
         """Takes back what :meth:`apply` did: masks, hooks and, with ``keep_backup``, values, bit for bit.

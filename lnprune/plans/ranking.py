@@ -15,7 +15,7 @@ from lnprune.modules.application import Weight
 from lnprune.plans.layers import Layers, Parameters
 from lnprune.plans.plan import NOT_COUPLED, Details, Plan
 from lnprune.plans.plan_file import PlanEntry
-from lnprune.plans.rows import Row, flags_of_weights, joint_sizes, row_counts, row_norms
+from lnprune.plans.rows import Measured, Row, counted, flags_of_weights, joint_sizes, row_norms
 from lnprune.plans.saved_groups import Coupled, SavedGroup, SavedMember
 from lnprune.plans.selection import LEAST, WORDS, Arrangement, Normalize, Of, Scope
 from lnprune.steps.flags import Amount
@@ -44,27 +44,29 @@ def measure(
         coupled: as for :class:`Ranking`.
     """
     scores, masks = tensors if scores is None else scores, masks or {}
-    norms = row_norms(rows, scores, n)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     say_zeros = {dtype: zero_norms_are_zeros(dtype, n) for dtype in dtypes}
     unlike = set()  # weights whose norms do not say which channels are zeros
     for weight, tensor in tensors.items():
         if scores[weight] is not tensor or not say_zeros[tensor.dtype]:
             unlike.add(weight)
-    masked, counted = [], []
+    masked, unsaid = [], []
     for i, row in enumerate(rows if masks or unlike else ()):
         if all(member.weight in masks for member in row.members):
             masked.append(i)
         if any(member.weight in unlike for member in row.members):
-            counted.append(i)
-    mask_counts = row_counts([rows[i] for i in masked], masks) if masked else []
-    element_counts = row_counts([rows[i] for i in counted], tensors) if counted else []
+            unsaid.append(i)
+    norms, mask_counts, element_counts = row_norms(
+        Measured(rows, scores, n),
+        counted([rows[i] for i in masked], masks),
+        counted([rows[i] for i in unsaid], tensors),
+    )
     return Ranking(
         rows,
         n,
         norms,
         dict(zip(masked, mask_counts, strict=True)),
-        dict(zip(counted, element_counts, strict=True)),
+        dict(zip(unsaid, element_counts, strict=True)),
         coupled,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from lnprune.modules.application import Part, Slices, Weight
 from lnprune.plans.layers import Parameters
 from lnprune.steps.local import on_cpu
-from lnprune.steps.norms import channel_norms, channel_sums, countable, native_order, norms_of_sums
+from lnprune.steps.norms import Asked, channel_sums, countable, native_order, norms_of_each, norms_of_sums
 
 
 @dataclass(eq=False, slots=True)
@@ -102,21 +102,33 @@ class Row:
         return self.members[0].dim if self.is_single else 0
 
 
-def row_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> list[Tensor]:
-    """The norms of the channels of rows, float64, from tensors of the shapes of their weights.
+class Measured(NamedTuple):
+    """Rows whose channels are measured in tensors of the shapes of their weights, by norms of one order."""
+
+    rows: Sequence[Row]
+    tensors: Mapping[Weight, Tensor]
+    n: Any
+
+
+def row_norms(*asked: Measured) -> list[list[Tensor]]:
+    """The norms of the channels of rows, float64.
 
     A channel of several slices has the norm of all their elements together. For that the slices' sums
     before the root are added on the CPU, in the order of the members, so that equal channels tie.
     """
-    single = [row for row in rows if row.is_single]
-    members = [row.members[0] for row in single]
-    views = [member.of(tensors[member.weight]) for member in members]
-    norms = channel_norms(views, n, [member.dim for member in members], [row.name for row in single])
-    if len(single) == len(rows):
-        return norms
-    together = iter(_joint_norms([row for row in rows if not row.is_single], tensors, n))
-    alone = iter(norms)
-    return [next(alone if row.is_single else together) for row in rows]
+    lists = []
+    for rows, tensors, n in asked:
+        single = [row for row in rows if row.is_single]
+        members = [row.members[0] for row in single]
+        views = [member.of(tensors[member.weight]) for member in members]
+        lists.append(Asked(views, n, [member.dim for member in members], [row.name for row in single]))
+    found = norms_of_each(lists)
+    for i, (rows, tensors, n) in enumerate(asked):
+        if len(found[i]) < len(rows):
+            together = iter(_joint_norms([row for row in rows if not row.is_single], tensors, n))
+            alone = iter(found[i])
+            found[i] = [next(alone if row.is_single else together) for row in rows]
+    return found
 
 
 def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> list[Tensor]:
@@ -151,10 +163,10 @@ def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) 
     return norms_of_sums(joined, n)
 
 
-def row_counts(rows: Sequence[Row], tensors: Mapping[Weight, Tensor]) -> list[Tensor]:
+def counted(rows: Sequence[Row], tensors: Mapping[Weight, Tensor]) -> Measured:
     """How many elements of each channel are not zero, of tensors of any dtype and any number of dims."""
     weights = {member.weight for row in rows for member in row.members}
-    return row_norms(rows, {weight: countable(tensors[weight]) for weight in weights}, 0)
+    return Measured(rows, {weight: countable(tensors[weight]) for weight in weights}, 0)
 
 
 def flags_of_weights(rows: Sequence[Row], flags: Sequence[Tensor]) -> list[Slices]:

@@ -133,6 +133,26 @@ def write_in_place(
     )
 
 
+def write_zeros(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Writes +0.0 to the channels along each dim that are not flagged, again and again.
+
+    Nothing is checked but whether native code takes a tensor. The flags are those of the channels that are
+    here, on the tensors' devices.
+    """
+    native: dict[bool, list[tuple[Tensor, Tensor, int]]] = {}
+    for tensor, flags, dim in zip(tensors, keep, dims, strict=True):
+        held = held_here(tensor)
+        if ops.is_native(held) and keeps_strides(held):
+            native.setdefault(held.is_cpu, []).append((held, flags, dim % held.dim()))
+        else:
+            bits(held.data).index_fill_(dim, (~flags).nonzero().flatten(), 0)
+            increment_version(held)
+    for rows in native.values():
+        rows.sort(key=lambda row: str(row[0].device))  # one call takes those of a device together
+        ops.zero_channels_(*map(list, zip(*rows, strict=True)))
+    increment_version([tensor for tensor in tensors if is_distributed(tensor)])
+
+
 def _is_sharded(row: Request) -> bool:
     """Whether the request's scores are ranked, or its flags needed, on several ranks."""
     return is_distributed(row.scores) or is_distributed(row.original)

@@ -79,6 +79,14 @@ def sharded_dims(tensor: DTensor) -> list[int | None]:
     return [getattr(placement, "dim", None) for placement in tensor.placements]
 
 
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What decides, on a rank, which channels are here: the shape, and a DTensor's mesh and placements."""
+    if not is_distributed(tensor):
+        return (tuple(tensor.shape),)
+    mesh = tensor.device_mesh
+    return tuple(tensor.shape), mesh.device_type, tuple(mesh.shape), str(tensor.placements)
+
+
 def channels_here(tensor: Tensor, dim: int) -> Tensor | None:
     """Which channels along ``dim`` :func:`held_here` holds, in their order there; None: all of them.
 

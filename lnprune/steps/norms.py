@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, Union
+from typing import Any, Literal, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ def native_order(n: Any) -> float | None:
         return None
 
 
+class Asked(NamedTuple):
+    """Tensors whose channels are measured, by norms of one order."""
+
+    tensors: Sequence[Tensor]
+    n: Any
+    dims: Sequence[int]
+    names: Sequence[str] = ()  # what errors of plain torch say of each tensor; may be none
+
+
 def channel_norms(
     tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str] = ()
 ) -> list[Tensor]:
@@ -50,14 +59,19 @@ def channel_norms(
 
     What plain torch raises has the name of its tensor, where there are names.
     """
-    return _measured(True, tensors, n, dims, names)
+    return _measured(True, [Asked(tensors, n, dims, names)])[0]
+
+
+def norms_of_each(asked: Sequence[Asked]) -> list[list[Tensor]]:
+    """The same of several lists, whose orders differ: of sharded tensors, with one exchange for all."""
+    return _measured(True, asked)
 
 
 def channel_sums(
     tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str] = ()
 ) -> list[Tensor]:
     """What :func:`channel_norms` takes the root of, which adds up where a channel has several slices."""
-    return _measured(False, tensors, n, dims, names)
+    return _measured(False, [Asked(tensors, n, dims, names)])[0]
 
 
 def norms_of_sums(sums: Sequence[Tensor], n: Any) -> list[Tensor]:
@@ -68,81 +82,98 @@ def norms_of_sums(sums: Sequence[Tensor], n: Any) -> list[Tensor]:
     return ops.norms_of_sums(sums, p)
 
 
-def _measured(
-    has_root: bool, tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str]
-) -> list[Tensor]:
+def _measured(has_root: bool, asked: Sequence[Asked]) -> list[list[Tensor]]:
     native = ops.channel_norms if has_root else ops.channel_sums
     plain = reference.channel_norms if has_root else reference.channel_sums
-    p = native_order(n)
-    found: list[Any] = [None] * len(tensors)
-    taken, sharded = [], []
-    for i, tensor in enumerate(tensors):
-        if p is not None and ops.is_native(tensor):
-            taken.append(i)
-        elif is_distributed(tensor):
-            sharded.append(i)
-        else:
-            with named(names[i] if names else ""):
-                found[i] = plain(tensor, n, dims[i])
-    for places in by_device(tensors[i] for i in taken).values():
-        indices = [taken[place] for place in places]
-        made = native([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
-        for i, each in zip(indices, made, strict=True):
+    results: list[list[Any]] = []
+    shards = []
+    for each in asked:
+        tensors, n, dims, names = each
+        p = native_order(n)
+        found: list[Any] = [None] * len(tensors)
+        results.append(found)
+        taken, sharded = [], []
+        for i, tensor in enumerate(tensors):
+            if p is not None and ops.is_native(tensor):
+                taken.append(i)
+            elif is_distributed(tensor):
+                sharded.append(i)
+            else:
+                with named(names[i] if names else ""):
+                    found[i] = plain(tensor, n, dims[i])
+        for places in by_device(tensors[i] for i in taken).values():
+            indices = [taken[place] for place in places]
+            made = native([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
+            for i, result in zip(indices, made, strict=True):
+                found[i] = result
+        if sharded:
+            shards.append(_Shards(each, sharded, found))
+    if shards:
+        _exchange(shards, has_root)
+    return results
+
+
+class _Shards:
+    """What this rank has of DTensors, and where their norms go: global, plain, equal on all ranks."""
+
+    def __init__(self, asked: Asked, indices: Sequence[int], found: list[Any]):
+        self.n, self.found = asked.n, found
+        p = native_order(self.n)
+        if p is None:
+            # What is no order at all gets torch's error.
+            reference.channel_norms(torch.ones(1, 1, device="cpu"), self.n, 0)
+            raise RuntimeError(
+                f"expected a norm that adds up over shards, of sharded weights, got n={self.n!r}"
+            )
+        self.fold = sharding.FOLDS.get(p, sharding.ADD)
+        self.places: list[int] = []
+        self.tensors: list[Any] = []
+        self.dims: list[int] = []
+        self.held: list[Tensor] = []
+        for i in indices:
+            tensor, dim = asked.tensors[i], asked.dims[i]
+            held = held_here(tensor, asked.names[i] if asked.names else "").detach()
+            if tensor.numel() == 0:  # which some orders have no norm of: on all ranks alike
+                with named(asked.names[i] if asked.names else ""):
+                    found[i] = reference.channel_norms(held.new_empty(tensor.shape), self.n, dim)
+            elif held.is_meta:
+                found[i] = held.new_empty(tensor.shape[dim], dtype=torch.float64)
+            else:
+                self.places.append(i)
+                self.tensors.append(tensor)
+                self.dims.append(dim)
+                self.held.append(held)
+
+    def sums(self) -> list[Tensor]:
+        """Of the channels that are here."""
+        found: list[Any] = [None] * len(self.held)
+        full = [i for i, held in enumerate(self.held) if held.numel() > 0]
+        made = channel_sums([self.held[i] for i in full], self.n, [self.dims[i] for i in full])
+        for i, each in zip(full, made, strict=True):
             found[i] = each
-    if sharded:
-        asked = [tensors[i] for i in sharded], n, [dims[i] for i in sharded]
-        made = _of_shards(has_root, *asked, [names[i] for i in sharded if names])
-        for i, each in zip(sharded, made, strict=True):
-            found[i] = each
-    return found
+        for i, held in enumerate(self.held):
+            if held.numel() == 0:
+                channels = (held.shape[self.dims[i]],)
+                found[i] = held.new_full(channels, self.fold.of_nothing, dtype=torch.float64)
+        return found
+
+    def finish(self, sums: Sequence[Tensor], has_root: bool) -> None:
+        """Takes the sums of whole channels."""
+        for indices in by_device(sums).values():
+            made = [sums[i] for i in indices]
+            for i, each in zip(indices, norms_of_sums(made, self.n) if has_root else made, strict=True):
+                self.found[self.places[i]] = each
 
 
-_FOLDS = {math.inf: torch.maximum, -math.inf: torch.minimum}  # which keep NaN; other orders add
-
-
-def _of_shards(
-    has_root: bool, tensors: Sequence[Any], n: Any, dims: Sequence[int], names: Sequence[str]
-) -> list[Tensor]:
-    """The same of DTensors: global, plain, and equal on all ranks."""
-    p = native_order(n)
-    if p is None:
-        # What is no order at all gets torch's error.
-        reference.channel_norms(torch.ones(1, 1, device="cpu"), n, 0)
-        raise RuntimeError(
-            f"{names[0] if names else 'n'}: expected a norm that is a sum over elements, for a sharded "
-            f"weight, got n={n!r}"
-        )
-    identity = math.inf if p == -math.inf else 0.0
-    found: list[Any] = [None] * len(tensors)
-    shared, sums = [], {}
-    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
-        here = held_here(tensor, names[i] if names else "")
-        if tensor.numel() == 0:  # which some orders have no norm of: on all ranks alike
-            with named(names[i] if names else ""):
-                found[i] = reference.channel_norms(here.new_empty(tensor.shape), n, dim)
-        elif here.is_meta:
-            found[i] = here.new_empty(tensor.shape[dim], dtype=torch.float64)
-        else:
-            shared.append(i)
-            if here.numel() == 0:
-                sums[i] = here.new_full((here.shape[dim],), identity, dtype=torch.float64)
-    full = [i for i in shared if i not in sums]
-    held = [held_here(tensors[i]).detach() for i in full]
-    sums.update(zip(full, _measured(False, held, n, [dims[i] for i in full], ()), strict=True))
-    whole = sharding.folded(
-        [tensors[i] for i in shared],
-        [sums[i] for i in shared],
-        [dims[i] for i in shared],
-        _FOLDS.get(p, torch.add),
-        identity,
-    )
-    for places in by_device(whole).values():
-        made = [whole[place] for place in places]
-        if has_root:
-            made = norms_of_sums(made, n)
-        for place, each in zip(places, made, strict=True):
-            found[shared[place]] = each
-    return found
+def _exchange(shards: Sequence[_Shards], has_root: bool) -> None:
+    """Norms, or sums, of shards, with one exchange for all of them."""
+    sums = [sums for each in shards for sums in each.sums()]
+    tensors = [tensor for each in shards for tensor in each.tensors]
+    dims = [dim for each in shards for dim in each.dims]
+    folds = [each.fold for each in shards for _ in each.places]
+    whole = iter(sharding.folded(tensors, sums, dims, folds))
+    for each in shards:
+        each.finish([next(whole) for _ in each.places], has_root)
 
 
 def nonzero_counts(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:

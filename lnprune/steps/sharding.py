@@ -9,26 +9,37 @@ buffer: equal channels would not tie, and gloo's maximum loses NaN.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lnprune.steps.local import channels_here, is_distributed, sharded_dims
+from lnprune.steps.local import channels_here, is_distributed, layout_of, sharded_dims
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-Fold = Callable[[Tensor, Tensor], Tensor]
+
+class Fold(NamedTuple):
+    """How sums of parts make the sum of the whole."""
+
+    of_two: Callable[[Tensor, Tensor], Tensor]  # elementwise; keeps NaN
+    of_nothing: float
+
+
+ADD = Fold(torch.add, 0.0)
+FOLDS = {math.inf: Fold(torch.maximum, 0.0), -math.inf: Fold(torch.minimum, math.inf)}  # by order
 
 _FAILED = -1  # what a rank says in place of a digest, which is never negative, when it has raised
 
 
 def folded(
-    tensors: Sequence[DTensor], sums: Sequence[Tensor], dims: Sequence[int], fold: Fold, identity: float
+    tensors: Sequence[DTensor], sums: Sequence[Tensor], dims: Sequence[int], folds: Sequence[Fold]
 ) -> list[Tensor]:
     """The sums of whole channels from those of their parts here, the same bits on all ranks.
 
@@ -36,21 +47,20 @@ def folded(
         tensors: sharded weights.
         sums: of the channels that each has here, float64 of shape ``(channels here,)``.
         dims: those of the channels.
-        fold: what makes one sum of two; elementwise.
-        identity: the sum of nothing.
+        folds: of each, how its parts make the whole.
     """
     vectors = []
-    for tensor, part, dim in zip(tensors, sums, dims, strict=True):
+    for tensor, part, dim, fold in zip(tensors, sums, dims, folds, strict=True):
         here = channels_here(tensor, dim)
         whole = part
         if here is not None:
-            whole = part.new_full((tensor.shape[dim],), identity)
+            whole = part.new_full((tensor.shape[dim],), fold.of_nothing)
             whole[here.to(part.device)] = part
         vectors.append(whole)
     for group, mesh, places in _groups(tensors):
         lengths = [vectors[i].numel() for i in places]
         flat = torch.cat([vectors[i].to(_device(mesh, vectors[i])) for i in places])
-        made = _folded_over(group, flat, fold).split(lengths)
+        made = _folded_over(group, flat, [folds[i] for i in places], lengths).split(lengths)
         for i, vector in zip(places, made, strict=True):
             vectors[i] = vector.to(vectors[i].device)
     return vectors
@@ -75,8 +85,11 @@ def _device(mesh: DeviceMesh, tensor: Tensor | None = None) -> torch.device:
     return torch.device(mesh.device_type)
 
 
-def _folded_over(group: Any, flat: Tensor, fold: Fold) -> Tensor:
-    """One vector of all ranks' vectors: element by element, in the order of ranks."""
+def _folded_over(group: Any, flat: Tensor, folds: Sequence[Fold], lengths: Sequence[int]) -> Tensor:
+    """One vector of all ranks' vectors: element by element, in the order of ranks.
+
+    ``folds`` are those of so many elements each.
+    """
     ranks = dist.get_world_size(group)
     share = -(-flat.numel() // ranks)
     sent = flat.new_zeros(ranks * share)
@@ -85,8 +98,14 @@ def _folded_over(group: Any, flat: Tensor, fold: Fold) -> Tensor:
     dist.all_to_all_single(received, sent, group=group)
     rows = received.view(ranks, share)
     mine = rows[0]
-    for row in rows[1:]:
-        mine = fold(mine, row)
+    first = dist.get_rank(group) * share  # of the elements that are folded here
+    start = 0
+    for fold, run in itertools.groupby(zip(folds, lengths, strict=True), key=lambda each: each[0]):
+        end = start + sum(length for _, length in run)
+        here = slice(max(0, start - first), max(0, end - first))
+        for row in rows[1:]:
+            mine[here] = fold.of_two(mine[here], row[here])
+        start = end
     _all_gather(sent, mine, group)
     return sent[: flat.numel()]
 
@@ -177,17 +196,13 @@ def _digest(asked: Any) -> int:
 def _told(value: Any) -> Any:
     if isinstance(value, Tensor):
         is_flags = value.dtype is torch.bool and not is_distributed(value)
-        return bytes(value.tolist()) if is_flags else _layout(value)
+        return (
+            bytes(value.tolist())
+            if is_flags
+            else (type(value).__name__, str(value.dtype), layout_of(value))
+        )
     return [_told(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _listed(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Type, dtype, shape, mesh and placements."""
-    layout = type(tensor).__name__, str(tensor.dtype), tuple(tensor.shape)
-    if not is_distributed(tensor):
-        return layout
-    return (*layout, tuple(tensor.device_mesh.shape), str(tensor.placements))
