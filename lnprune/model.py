@@ -265,9 +265,10 @@ def remove_all(model: nn.Module) -> nn.Module:
         for hook in own_pre_hooks(module).values()
         if isinstance(hook, stock.BasePruningMethod)
     ]
-    with Transaction() as transaction:
+    with Transaction() as transaction, Agreement(parameters_of(model)) as agreement:
         pairs = unmask(transaction, places)
-        write_in_place([], pairs, None, transaction.note)
+        agree = functools.partial(agreement.confirm, "remove_all", [name for name, _, _ in places])
+        write_in_place([], pairs, None, transaction.note, agree=agree)
     return model
 
 

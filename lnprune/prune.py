@@ -13,10 +13,12 @@ from torch.nn.utils.prune import LnStructured as StockLnStructured
 from lnprune.modules.application import install
 from lnprune.modules.finding import parameter_of
 from lnprune.modules.registration import Target, check_not_in_inference_mode
+from lnprune.modules.sharded import parameters_inside
 from lnprune.modules.transaction import Snapshot, Transaction
 from lnprune.steps import masks, norms
 from lnprune.steps.flags import Amount, keep_flags, pruned_count
 from lnprune.steps.norms import Order
+from lnprune.steps.sharding import Agreement, has_ranks
 from lnprune.torch_internals import (
     validate_pruning_amount_init,
     validate_pruning_dim,
@@ -38,8 +40,11 @@ def apply(
 ) -> Any:
     """``BasePruningMethod.apply`` for Ln norms: all of it, or, where it raises, nothing."""
     check_dim_is_no_word(dim)
+    target = Target("", module, name, dim, amount, None, importance_scores)
     with Transaction() as transaction:
-        target = Target("", module, name, dim, amount, None, importance_scores)
+        if has_ranks():
+            with Agreement(parameters_inside(module)) as agreement:
+                agreement.confirm("ln_structured", name, amount, n, dim, importance_scores)
         return install(transaction, [target], n)[0].method
 
 
@@ -213,11 +218,20 @@ def channel_norms(tensor: Tensor, n: Order, dim: int) -> Tensor:
 
     The definition is that of :func:`torch.linalg.vector_norm`.
     """
+    if has_ranks():
+        with Agreement([tensor]) as agreement:
+            _check_slices(tensor, dim)
+            agreement.confirm("channel_norms", n, dim, tensor)
+    _check_slices(tensor, dim)
+    return norms.channel_norms([tensor], n, [operator.index(dim)])[0]
+
+
+def _check_slices(tensor: Tensor, dim: int) -> None:
+    """Raises where the tensor has no slices along ``dim``."""
     check_dim_is_no_word(dim)
     validate_structured_pruning(tensor)
     validate_pruning_dim(tensor, dim)
     tensor.shape[dim]  # raises where dim is below the range
-    return norms.channel_norms([tensor], n, [operator.index(dim)])[0]
 
 
 def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
@@ -242,6 +256,15 @@ def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
         >>> lnprune.channel_mask(weight, amount=1, n=2, dim=0)
         tensor([ True, False,  True])
     """
+    if has_ranks():
+        with Agreement([tensor]) as agreement:
+            _checked_count(tensor, amount, dim)
+            agreement.confirm("channel_mask", n, dim, amount, tensor)
+    return keep_flags(tensor, n, dim, _checked_count(tensor, amount, dim))
+
+
+def _checked_count(tensor: Tensor, amount: Amount, dim: int) -> int:
+    """How many channels to prune."""
     check_dim_is_no_word(dim)
     validate_pruning_amount_init(amount)
-    return keep_flags(tensor, n, dim, pruned_count(tensor, amount, dim))
+    return pruned_count(tensor, amount, dim)

@@ -45,6 +45,7 @@ __all__ = [
     "set_pruning_methods",
     "tree_leaves",
     "tree_map",
+    "uses_fsdp",
     "validate_pruning_amount",
     "validate_pruning_amount_init",
     "validate_pruning_dim",
@@ -186,10 +187,13 @@ else:
     _states = {}  # type: ignore[assignment]
 
 
+def uses_fsdp() -> bool:
+    """Whether a module in this process may be one of FSDP2."""
+    return len(_states) > 0
+
+
 def fsdp_parameters() -> Iterator[FsdpParameter]:
     """Every parameter that FSDP2 keeps in this process, at every module that shares it."""
-    if not _states:
-        return
     seen = set()
     for reference in list(_states.values()):
         state: Any = reference()

@@ -191,10 +191,12 @@ def test_one_place_ranks_and_one_writes():
         - {"steps.ops", "steps.reference"}
         for what, functions in (("ask", ASK), ("rank", RANK), ("write", WRITE))
     }
-    assert rooms["ask"] == {f"steps.{name}" for name in ("norms", "flags", "masks", "in_place")}
+    assert rooms["ask"] == {
+        f"steps.{name}" for name in ("norms", "flags", "masks", "in_place", "sharded_masks")
+    }
     # Selection ranks groups of norms. What is ranked for masks and in place is written there too.
     assert rooms["rank"] == {"steps.norms", "steps.masks", "steps.in_place", "plans.layers"}
-    assert rooms["write"] == {"steps.masks", "steps.in_place"}
+    assert rooms["write"] == {"steps.masks", "steps.in_place", "steps.sharded_masks"}
 
 
 # Private attributes that are no torch's: those of Python's own namedtuple and copyreg.

@@ -54,7 +54,8 @@ def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list
     with named() as about:
         for target in targets:
             about.name = target[0]
-            check_takes_mask(target[1], target[2], kept)
+            if kept:
+                check_takes_mask(target[1], target[2], kept)
             transaction.touch(target[1])
             prunings.append(Pruning(target, n))
         requests = [pruning.request for pruning in prunings]
@@ -93,8 +94,9 @@ def unmask(
     kept = kept_by_fsdp()
     for name, module, attribute in places:
         held = own_parameters(module).get(attribute + "_orig")
-        with named(name):
-            check_takes_mask(module, attribute, kept)
+        if kept:
+            with named(name):
+                check_takes_mask(module, attribute, kept)
         if held is not None:
             held_here(held, name)
         transaction.touch(module)
@@ -103,7 +105,9 @@ def unmask(
             continue
         pairs[id(original), id(mask)] = original, mask
         if keep_values:
-            transaction.note(original, 0, copied=in_place.multiplies_in_place(original))
+            here = held_here(original, name)
+            is_copied = here is not original or in_place.multiplies_in_place(here)
+            transaction.note(original, 0, copied=is_copied)
     return list(pairs.values())
 
 

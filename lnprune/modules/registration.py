@@ -14,6 +14,7 @@ from lnprune.modules.finding import parameter_of
 from lnprune.modules.parameters import check_not_parametrized
 from lnprune.steps.bits import bits
 from lnprune.steps.flags import Request
+from lnprune.steps.local import held_here
 from lnprune.steps.masks import masked
 from lnprune.torch_internals import (
     own_buffers,
@@ -278,7 +279,7 @@ def _is_conversion(now: Tensor | None, then: Tensor | None) -> bool:
         return now is then
     if now.shape != then.shape or now.is_meta or then.is_meta:
         return False
-    return torch.equal(bits(now), bits(then.to(now.device, now.dtype)))
+    return torch.equal(bits(held_here(now)), bits(held_here(then.to(now.device, now.dtype))))
 
 
 def _reorder(registry: dict, first: Iterable[Any]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lnprune.torch_internals import fsdp_parameters, own_parameters
+from lnprune.steps.sharding import has_ranks
+from lnprune.torch_internals import fsdp_parameters, own_parameters, uses_fsdp
 
 Places = Iterable[tuple[nn.Module, str]]
 
@@ -19,8 +19,10 @@ def check_is_sharded(places: Iterable[tuple[str, nn.Module, str]]) -> None:
     After a forward without a backward, those of the root are gathered still. Values written to them would
     be lost at the next forward.
     """
+    if not uses_fsdp():
+        return
     gathered = {(id(each.module), each.name) for each in fsdp_parameters() if not each.is_sharded}
-    for name, module, attribute in places if gathered else ():
+    for name, module, attribute in places:
         if not gathered.isdisjoint({(id(module), attribute), (id(module), attribute + "_orig")}):
             raise RuntimeError(
                 f"{name}: expected a parameter that fully_shard() keeps in shards, got one that is "
@@ -29,14 +31,14 @@ def check_is_sharded(places: Iterable[tuple[str, nn.Module, str]]) -> None:
             )
 
 
-def kept_by_fsdp() -> Container[tuple[int, str]]:
+def kept_by_fsdp() -> Set[tuple[int, str]]:
     """Of the parameters that FSDP2 registers anew by itself: identities of modules, and names in them."""
-    return {(id(each.module), each.name) for each in fsdp_parameters()}
+    return {(id(each.module), each.name) for each in fsdp_parameters()} if uses_fsdp() else frozenset()
 
 
-def check_takes_mask(module: nn.Module, attribute: str, kept: Container[tuple[int, str]]) -> None:
+def check_takes_mask(module: nn.Module, attribute: str, kept: Set[tuple[int, str]]) -> None:
     """Raises RuntimeError for a parameter of FSDP2, which registers it at each forward."""
-    if kept and ((id(module), attribute) in kept or (id(module), attribute + "_orig") in kept):
+    if (id(module), attribute) in kept or (id(module), attribute + "_orig") in kept:
         raise RuntimeError(
             "fully_shard() registers this parameter anew at each forward, which no mask that comes or goes "
             "outlives: expected permanent=True (local_structured, global_structured, Plan.apply) for a "
@@ -50,7 +52,7 @@ def parameters_of(asked: Any) -> list[Tensor]:
     The same on all ranks, even where the call is about to fail on one of them. None where no process group
     is there.
     """
-    if not _has_ranks():
+    if not has_ranks():
         return []
     if isinstance(asked, nn.Module):
         return parameters_at(
@@ -59,9 +61,16 @@ def parameters_of(asked: Any) -> list[Tensor]:
     return parameters_at(pair for pair in asked if _is_place(pair)) if isinstance(asked, Iterable) else []
 
 
+def parameters_inside(module: Any) -> list[Tensor]:
+    """Those of one module, without what is inside it; as :func:`parameters_of`."""
+    if not has_ranks() or not isinstance(module, nn.Module):
+        return []
+    return parameters_at((module, attribute) for attribute in own_parameters(module))
+
+
 def parameters_at(places: Places) -> list[Tensor]:
     """The parameters at places, masked or not; of gathered ones, what they are sharded as."""
-    if not _has_ranks():
+    if not has_ranks():
         return []
     pairs = list(places)
     found = parameters_now([*pairs, *((module, attribute + "_orig") for module, attribute in pairs)])
@@ -72,10 +81,6 @@ def parameters_now(places: Places) -> list[Tensor | None]:
     """What modules have registered as parameters; of gathered ones, what they are sharded as."""
     sharded = {(id(each.module), each.name): each.sharded for each in fsdp_parameters()}
     return [sharded.get((id(module), name), own_parameters(module).get(name)) for module, name in places]
-
-
-def _has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _is_place(pair: Any) -> bool:

@@ -9,8 +9,10 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from lnprune.errors import named
 from lnprune.steps import ops, reference
-from lnprune.steps.norms import channel_norms
+from lnprune.steps.local import channels_here, is_distributed
+from lnprune.steps.norms import Asked, channel_norms, norms_of_each
 from lnprune.torch_internals import (
     compute_nparams_toprune,
     validate_pruning_amount,
@@ -68,19 +70,53 @@ def keep_flags(scores: Tensor, n: Any, dim: int, count: int) -> Tensor:
 
 
 def choose_of_shards(requests: Sequence[Request], n: Any) -> None:
-    """Rank and select: flags for requests about sharded weights of known counts, in one exchange."""
+    """Rank and select: flags for requests about sharded weights, in one exchange.
+
+    So many channels are pruned as their counts say. Where there is a mask, the amount is one of the
+    channels that it leaves.
+    """
     if not requests:
         return
     if reference.ranks_like_torch():
-        raise RuntimeError(
-            f"{requests[0].name or 'reference_ranking'}: expected a weight that is whole here: torch "
-            "ranks no shards, so that there is nothing to rank alike: prune outside of reference_ranking()"
-        )
+        _choose_like_torch(requests, n)
+        return
     scores = [request.scores for request in requests]
     dims = [operator.index(request.dim) for request in requests]
-    norms = channel_norms(scores, n, dims, [request.name for request in requests])
-    for request, each in zip(requests, norms, strict=True):
-        request.keep = _kept(each, request.count)
+    names = [request.name for request in requests]
+    masked = [i for i, request in enumerate(requests) if request.old_mask is not None]
+    masks: list[Any] = [requests[i].old_mask for i in masked]
+    norms, found = norms_of_each(
+        [
+            Asked(scores, n, dims, names),
+            Asked(masks, 0, [dims[i] for i in masked], [names[i] for i in masked]),
+        ]
+    )
+    counts = dict(zip(masked, found, strict=True))
+    with named() as about:
+        for i, request in enumerate(requests):
+            about.name = request.name
+            if i not in counts:
+                request.keep = _kept(norms[i], request.count)
+                continue
+            left = int(torch.count_nonzero(counts[i]))
+            count = compute_nparams_toprune(request.amount, left)
+            validate_pruning_amount(count, left)
+            # Channels that are gone rank last, behind all others, and go first.
+            gone = counts[i] == 0
+            last = torch.where(gone.to(norms[i].device), -1.0, norms[i])
+            request.keep = _kept(last, int(count) + norms[i].numel() - left)
+
+
+def _choose_like_torch(requests: Sequence[Request], n: Any) -> None:
+    """What torch chooses of DTensors, where it chooses: of channels that are all on each rank."""
+    for request in requests:
+        if channels_here(request.scores, request.dim) is not None or request.old_mask is not None:
+            raise RuntimeError(
+                f"{request.name or 'reference_ranking'}: expected a first mask of channels that are all on "
+                "each rank: torch ranks no others, so prune outside of reference_ranking()"
+            )
+        keep = reference.torch_keep_channels(request.scores, n, request.dim, request.count)
+        request.keep = keep.full_tensor() if is_distributed(keep) else keep
 
 
 def _kept(norms: Tensor, count: int) -> Tensor:

@@ -127,10 +127,9 @@ def write_in_place(
     with torch.no_grad():
         for round_ in rounds:
             foreach_mul_(*map(list, zip(*round_, strict=True)))
-    # A DTensor counts its changes itself, for autograd.
-    increment_version(
-        [*wholes.values(), *(row.original for row in requests if row.held is not row.original)]
-    )
+    sharded = [row.original for row in requests if row.held is not row.original]
+    if sharded or wholes:  # a DTensor counts its changes itself, for autograd
+        increment_version([*sharded, *wholes.values()])
 
 
 def write_zeros(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int]) -> None:
@@ -155,7 +154,8 @@ def write_zeros(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequenc
 
 def _is_sharded(row: Request) -> bool:
     """Whether the request's scores are ranked, or its flags needed, on several ranks."""
-    return is_distributed(row.scores) or is_distributed(row.original)
+    is_shard = row.held is not row.original
+    return is_shard or (row.scores is not row.original and is_distributed(row.scores))
 
 
 def _held_pairs(

@@ -24,12 +24,12 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the values lie in other tensors, as a DTensor's do."""
-    return type(tensor) not in PLAIN_TYPES and hasattr(type(tensor), "__tensor_flatten__")
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
     """Whether it is a DTensor, sharded over the ranks of a mesh or replicated on them."""
-    if not is_wrapper(tensor) or not dist.is_available():
+    if type(tensor) in PLAIN_TYPES or not is_wrapper(tensor) or not dist.is_available():
         return False
     # It takes half a second to import.
     from torch.distributed.tensor import DTensor
@@ -46,7 +46,7 @@ def held_here(tensor: Tensor, name: str = "") -> Tensor:
         RuntimeError: it is a wrapper of another kind, whose values new data would not reach.
         ValueError: it is a DTensor of which no rank holds values (Partial), or this rank holds none.
     """
-    if not is_wrapper(tensor):
+    if type(tensor) in PLAIN_TYPES or not is_wrapper(tensor):
         return tensor
     with named(name):
         if not is_distributed(tensor):
@@ -138,6 +138,17 @@ def values_here(tensor: Tensor, like: Tensor) -> Tensor:
         elif tensor.placements != placements or tensor.device_mesh != mesh:
             tensor = tensor.redistribute(mesh, placements)
         return tensor.to_local()
+
+
+def as_shard(values: Tensor, like: Tensor) -> Tensor:
+    """A tensor placed as ``like`` is, of the values that go where :func:`held_here` of ``like`` is."""
+    if not is_distributed(like):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[int]]:

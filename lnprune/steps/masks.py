@@ -1,7 +1,7 @@
 """Write: keep flags, or amounts, of a list of weights -> masks and masked weights.
 
 Nothing that is given is changed. Native code takes what it can, all weights of a device in one call. Plain
-torch takes the rest.
+torch takes the rest. Of sharded weights each rank writes the masks of its shards.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune.errors import named
 from lnprune.steps import ops, reference
-from lnprune.steps.flags import Request, flags_of, keep_flags, pruned_count
+from lnprune.steps.flags import Request, choose_of_shards, flags_of, keep_flags, pruned_count
 from lnprune.steps.layouts import contiguous, has_standard_strides, keeps_strides
+from lnprune.steps.local import is_distributed
 from lnprune.steps.norms import check_order, native_order
+from lnprune.steps.sharded_masks import write_sharded_masks
 from lnprune.torch_internals import OperatorMode, compute_nparams_toprune, validate_pruning_amount
 
 # A mask and its masked weight can be written in one pass, after which the weight is handed to autograd; or
@@ -37,6 +39,13 @@ def compute_mask(method: StockLnStructured, t: Tensor, default_mask: Tensor) -> 
     if count == 0:
         check_order(t, method.n, method.dim)
         return default_mask
+    if is_distributed(t):
+        request = Request(t, t, operator.index(method.dim), method.amount, None, "")
+        request.count = count
+        choose_of_shards([request], method.n)
+        request.old_mask = default_mask
+        write_sharded_masks([request], method.n)
+        return request.mask
     keep = keep_flags(t, method.n, method.dim, count)
     if ops.are_native(t, default_mask) and has_standard_strides(t) and default_mask.shape == t.shape:
         mask = contiguous(default_mask, t.dtype)
@@ -73,15 +82,22 @@ def write_masks(requests: Sequence[Request], n: Any, about: named) -> None:
     """
     p = None if reference.ranks_like_torch() else native_order(n)
     groups: dict[tuple[int, bool, bool], list[Request]] = {}
+    sharded = []
     for request in requests:
         about.name = request.name
         if _prepare(request, n, p):
             key = request.original.get_device(), request.old_mask is None, request.keep is None
             groups.setdefault(key, []).append(request)
+        elif is_distributed(request.original) and request.container is None:
+            sharded.append(request)
         else:
             request.mask = _plain_mask(request, n)
             request.weight = masked(request.mask, request.original)
     about.name = ""
+    if sharded:
+        write_sharded_masks(sharded, n)
+        for request in sharded:
+            request.weight = masked(request.mask, request.original)
     for (_, first, ranked), group in groups.items():
         for fused, rows in _by_fusing(group):
             columns = [

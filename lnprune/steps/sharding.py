@@ -116,6 +116,11 @@ def _all_gather(whole: Tensor, mine: Tensor, group: Any) -> None:
     gather(whole, mine, group=group)
 
 
+def has_ranks() -> bool:
+    """Whether this process may be one of several."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Agreement:
     """A call that all ranks make: they ask for the same, or all of them raise.
 
@@ -126,14 +131,15 @@ class Agreement:
     def __init__(self, tensors: Iterable[Tensor]):
         # Of all dims of a mesh that shards something: replicas of a shard must not part ways.
         self._groups: dict[str, tuple[Any, DeviceMesh]] = {}
-        for tensor in tensors:
+        self._is_open = False
+        for tensor in tensors if has_ranks() else ():
             if is_distributed(tensor) and _is_split(tensor):
                 mesh = tensor.device_mesh
                 for mesh_dim in range(mesh.ndim):
                     if mesh.size(mesh_dim) > 1:
                         group = mesh.get_group(mesh_dim)
                         self._groups.setdefault(group.group_name, (group, mesh))
-        self._is_open = bool(self._groups)
+                        self._is_open = True
 
     def confirm(self, *asked: Any) -> None:
         """Raises RuntimeError on all ranks where one raised before, or where they ask for different things.
