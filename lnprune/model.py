@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
@@ -29,8 +30,11 @@ from lnprune.steps import reference
 from lnprune.steps.flags import Amount
 from lnprune.steps.in_place import write_in_place
 from lnprune.steps.norms import Order
-from lnprune.steps.sharding import Agreement
+from lnprune.steps.sharding import Agreement, Group
 from lnprune.torch_internals import own_pre_hooks, pruned_name
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
 
@@ -43,6 +47,7 @@ def rank(
     *,
     include: Patterns = None,
     exclude: Patterns = None,
+    group: ProcessGroup | None = None,
 ) -> Ranking:
     """Measures the L\\ ``n`` norm of every channel of many parameters, in one native call per device.
 
@@ -68,6 +73,10 @@ def rank(
             mean, as in ``include={MyLinear: {"out": 0, "in": 1}, nn.Linear: None}``.
         exclude: patterns and types of weights not to take. A weight that modules share is taken under all
             of its names or, where one of them is excluded, under none.
+        group: a process group whose ranks hold different layers, as the stages of a pipeline do: each ranks
+            its own, and all get one ranking of the layers of all. Every rank of it makes the call. A plan
+            from it prunes, on each rank, the layers that are there. A name that several ranks have gets the
+            rank's number in the group: ``"experts.0.weight@1"``.
 
     Returns:
         a :class:`Ranking`. Its norms stay on the devices of the weights until the first selection.
@@ -80,7 +89,8 @@ def rank(
         IndexError: ``dim`` is out of range.
         TypeError: ``parameters`` holds something else; a parameter is parametrized.
         RuntimeError: ``n`` is no order of a norm; or inside :func:`reference_ranking`, since a ranking
-            across layers has no counterpart in torch.
+            across layers has no counterpart in torch; or another rank raises, or makes another call, where
+            parameters are sharded or with ``group``.
 
     Example:
         >>> import lnprune
@@ -91,7 +101,10 @@ def rank(
         {'0.weight': (8,), '1.weight': (4,)}
     """
     parameters = repeatable(parameters)
-    with Agreement(parameters_of(parameters)) as agreement:
+    with (
+        contextlib.nullcontext() if group is None else Group(group) as others,
+        Agreement(parameters_of(parameters)) as agreement,
+    ):
         if reference.ranks_like_torch():
             raise RuntimeError(
                 "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
@@ -105,7 +118,8 @@ def rank(
         measured, masks = current_values(weights)
         scores = scores_of(weights, list(measured.values()), importance_scores)
         agreement.confirm("rank", n, [row.name for row in rows], given, list(measured.values()), scores)
-    return measure(rows, n, measured, dict(zip(weights, scores, strict=True)), masks)
+        by_weight = dict(zip(weights, scores, strict=True))
+        return measure(rows, n, measured, by_weight, masks, group=others)
 
 
 def local_structured(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lnprune.errors import per_name
 from lnprune.modules.application import Weight
+from lnprune.plans.group_ranking import Found, together
 from lnprune.plans.layers import Layers, Parameters
 from lnprune.plans.plan import NOT_COUPLED, Details, Plan
 from lnprune.plans.plan_file import PlanEntry
@@ -21,6 +22,7 @@ from lnprune.plans.selection import LEAST, WORDS, Arrangement, Normalize, Of, Sc
 from lnprune.steps.flags import Amount
 from lnprune.steps.local import is_wrapper, on_cpu
 from lnprune.steps.norms import native_order, zero_norms_are_zeros
+from lnprune.steps.sharding import Group
 
 _TOO_MANY = 2**31  # channels: products of two such numbers fit 64 bits
 
@@ -32,6 +34,7 @@ def measure(
     scores: Mapping[Weight, Tensor] | None = None,
     masks: Mapping[Weight, Tensor] | None = None,
     coupled: Callable[[Sequence[Tensor]], Coupled] | None = None,
+    group: Group | None = None,
 ) -> Ranking:
     """Measures the channels of rows.
 
@@ -42,6 +45,7 @@ def measure(
         scores: what is ranked in their place; None: the values.
         masks: those of weights that have one.
         coupled: as for :class:`Ranking`.
+        group: ranks whose rows are ranked with these.
     """
     scores, masks = tensors if scores is None else scores, masks or {}
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -61,14 +65,29 @@ def measure(
         counted([rows[i] for i in masked], masks),
         counted([rows[i] for i in unsaid], tensors),
     )
-    return Ranking(
-        rows,
-        n,
+    found = Found(
+        list(rows),
         norms,
         dict(zip(masked, mask_counts, strict=True)),
         dict(zip(unsaid, element_counts, strict=True)),
-        coupled,
     )
+    here = range(len(rows))
+    if group is not None:
+        for row, each in zip(rows, norms, strict=True):
+            _check_has_values(row, each)
+        found, here = together(found, n, group)
+    return Ranking(found.rows, n, found.norms, found.mask_counts, found.element_counts, coupled, here)
+
+
+def _check_has_values(row: Row, norms: Tensor) -> None:
+    """Raises where norms cannot be compared."""
+    if norms.is_meta:
+        raise ValueError(f"{row.name}: is on the device meta, where norms have no values")
+    if is_wrapper(norms):
+        raise RuntimeError(
+            f"{row.name}: expected norms that hold their own values, to select by, got a "
+            f"{type(norms).__name__}: prune with ln_structured or local_structured"
+        )
 
 
 class Ranking:
@@ -84,12 +103,14 @@ class Ranking:
         element_counts: Mapping[int, Tensor] | None = None,
         # Of coupled channels: from keep flags of all rows to where the channels that go are in the model.
         coupled: Callable[[Sequence[Tensor]], Coupled] | None = None,
+        here: range | None = None,  # the rows of this process; None: all
     ):
         self.n = n
         self._rows = rows
         self._norms = norms
         self._mask_counts = mask_counts or {}
         self._element_counts = element_counts or {}
+        self._here = range(len(rows)) if here is None else here
         self._goes = functools.partial(_slices, rows) if coupled is None else coupled
         self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
 
@@ -112,14 +133,8 @@ class Ranking:
 
     @functools.cached_property
     def _layers(self) -> Layers:
-        for row, norms in zip(self._rows, self._norms, strict=True):
-            if norms.is_meta:
-                raise ValueError(f"{row.name}: is on the device meta, where norms have no values")
-            if is_wrapper(norms):
-                raise RuntimeError(
-                    f"{row.name}: expected norms that hold their own values, to select by, got a "
-                    f"{type(norms).__name__}: prune with ln_structured or local_structured"
-                )
+        for row, each in zip(self._rows, self._norms, strict=True):
+            _check_has_values(row, each)
         channels = [norms.numel() for norms in self._norms]
         sizes = [row.size for row in self._rows]
         norms = on_cpu(self._norms, torch.float64)
@@ -238,7 +253,9 @@ class Ranking:
             self.names,
             keep,
             functools.partial(_details, self._rows, arrangement, flags, selection),
-            functools.partial(flags_of_weights, self._rows, keep),
+            functools.partial(
+                flags_of_weights, [self._rows[i] for i in self._here], [keep[i] for i in self._here]
+            ),
             None if self._layers.parameters is None else functools.partial(self._goes, keep),
         )
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lnprune.errors import shown
 from lnprune.steps.local import channels_here, is_distributed, layout_of, sharded_dims
 
 if TYPE_CHECKING:
@@ -183,6 +184,49 @@ class Agreement:
                 f"the same call raised on rank {_listed(failed)}, or on a rank that this one shares shards "
                 "with, so that no rank goes on: nothing is changed"
             )
+
+
+class Group:
+    """A call that all ranks of a process group make about layers of their own: all go on, or all raise.
+
+    A block around the call. What it raises is told to the other ranks.
+    """
+
+    def __init__(self, group: Any):
+        known = dist.is_available() and isinstance(group, dist.ProcessGroup)
+        if known or (dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER):
+            self.rank = dist.get_rank(group) if known else -1
+            if self.rank < 0:
+                raise ValueError("group: expected one that this rank is in, got one without it")
+        else:
+            raise TypeError(f"group: expected a torch.distributed.ProcessGroup, got {shown(group)}")
+        self._group = group
+        self._is_open = True
+
+    def exchange(self, mine: Any) -> list[Any]:
+        """What every rank has, in the order of ranks; pickled.
+
+        Raises:
+            RuntimeError: another rank raised before.
+        """
+        self._is_open = False
+        told: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(told, mine, group=self._group)
+        failed = [rank for rank, each in enumerate(told) if each is None]
+        if failed and mine is not None:
+            ranks = dist.get_process_group_ranks(self._group)
+            raise RuntimeError(
+                f"the same call raised on rank {_listed(ranks[rank] for rank in failed)} of the group, so "
+                "that no rank goes on: nothing is changed"
+            )
+        return told
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is not None and self._is_open:
+            self.exchange(None)
 
 
 def _is_split(tensor: DTensor) -> bool:
