@@ -191,6 +191,11 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "over_forward": lambda value: f"{value:.2f}",
     "select": _time,
     "over_rank": lambda value: f"{value:.3f}",
+    "local": _time,
+    "exchange": _time,
+    "gather": _time,
+    "over_local": lambda value: f"{value:.3f}",
+    "megabytes": lambda value: f"{value:.1f}",
     "bytes_per_channel": lambda value: f"{value:.0f}",
     "error": lambda value: f"{value:.0e}",
     "peak": lambda value: f"{value:.3f}",
@@ -230,6 +235,9 @@ TITLES = {
     "over_forward": "no trial / forward",
     "select": "one selection",
     "over_rank": "selection / rank",
+    "over_local": "exchange / local",
+    "megabytes": "MB of sums",
+    "gather": "gather one",
     "bytes_per_channel": "bytes per channel",
 }
 HIDDEN = {"bytes", "fault", "settled", "state"}

@@ -25,6 +25,7 @@ from benchmarks import (
     peers,
     program,
     report,
+    sharded,
 )
 from benchmarks.program import FRESH, RECYCLED, RECYCLING, Options
 from benchmarks.resnet50 import resnet50
@@ -482,7 +483,7 @@ README = ROOT / report.README
 RESULTS = ROOT / report.RESULTS
 
 
-@pytest.mark.parametrize("name", ["cpu", "models", "coupling"])
+@pytest.mark.parametrize("name", ["cpu", "models", "coupling", "sharded"])
 def test_the_readme_says_what_the_page_says(name):
     lines = report.marked(README, f"benchmarks.{name}")
     assert lines.count("\n") >= 4
@@ -490,7 +491,7 @@ def test_the_readme_says_what_the_page_says(name):
     assert not (RESULTS / f"{name}.json").exists()
 
 
-@pytest.mark.parametrize("name", ["cpu", "models", "cuda", "coupling"])
+@pytest.mark.parametrize("name", ["cpu", "models", "cuda", "coupling", "sharded"])
 def test_the_pages_are_one_screen_of_figures(name):
     page = (RESULTS / f"{name}.md").read_text()
     assert len(page.splitlines()) <= 66
@@ -684,3 +685,56 @@ def test_the_page_of_whole_models_says_what_its_figures_say():
     page = models.markdown(machine, sections, 60.0)
     assert "1 failed" in page
     assert "on purpose" in page
+
+
+def sharded_sections():
+    """Times of a machine that takes 0.1 ms for each other rank and sends a gigabyte per second."""
+    layers = [
+        {"model": name, "ranks": count, "dim": dim, "local": 0.4 * number / count, "exchange": 0.009}
+        | {"rank": 0.5 / count, "gather": 1.0, "over_local": 0.09, "over_local_quartiles": [0.08, 0.1]}
+        for count in sharded.RANKS
+        for name, number in sharded.LAYERS.items()
+        for dim in (0, 1)
+    ]
+    vectors = []
+    for count in sharded.RANKS:
+        for length in sharded.VECTORS:
+            seconds = 1e-4 * (count - 1) + 1e-9 * sharded.sent_bytes(length, count)
+            vectors.append({"channels": length, "ranks": count, "exchange": seconds})
+    return {"layers": layers, "vectors": vectors}
+
+
+def test_the_page_of_shards_says_what_its_figures_say():
+    sections = sharded_sections()
+    assert set(sections) == set(sharded.PROGRAM.sections)
+    machine = report.environment("benchmarks.sharded") | TRUST
+    assert [verdict.met for verdict in sharded.verdicts(sections)] == [True] * 4
+    page = sharded.markdown(machine, sections, 60.0)
+    assert "\n".join(sharded.speed_lines(machine, sections)) in page
+    assert "100 us, 1.00 GB/s, 1.01 GB/s" in page
+    assert "Nothing in this table was run" in page
+    sections["layers"][-1]["over_local"] = 0.11
+    assert [verdict.met for verdict in sharded.verdicts(sections)] == [True] * 3 + [False]
+
+
+def test_an_estimate_is_that_of_its_constants():
+    sections = sharded_sections()
+    rows = {(row["model"], row["ranks"]): row for row in sharded.estimates(sections)}
+    assert len(rows) == 12
+    # 32 layers, each with four matrices of 4096 x 4096 and three of 4096 x 11008, 42,496 channels.
+    row = rows["7 B", 64]
+    weights, channels = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 32 * 42_496
+    rate = 2 * weights / 32 / 0.4
+    assert math.isclose(row["local"], 2 * weights / 64 / rate, rel_tol=1e-6)
+    assert math.isclose(row["exchange"], 63e-4 + 16e-9 * channels * 63 / 64, rel_tol=1e-6)
+    assert 3.9e11 < sharded.decoder_size(*sharded.DECODERS["400 B"])[0] < 4.1e11
+    assert 6.6e10 < sharded.decoder_size(*sharded.DECODERS["70 B"])[0] < 7e10
+
+
+@pytest.mark.slow
+def test_ranks_time_what_they_exchange():
+    found = sharded._on_ranks(2, sharded.exchange_vectors, 3)
+    assert {int(length): len(seconds) for length, seconds in found.items()} == dict.fromkeys(
+        sharded.VECTORS, 3
+    )
+    assert all(second > 0 for seconds in found.values() for second in seconds)

@@ -3,8 +3,11 @@
 import copy
 import math
 import mmap
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -334,6 +337,35 @@ def _notices_a_change():
 
 def test_autograd_sees_that_a_sharded_weight_changed():
     ranks(2).run(_notices_a_change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_example(count):
+    root = pathlib.Path(__file__).resolve().parent.parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [
+            *torchrun,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "127.0.0.1:0",
+            root / "examples/sharded.py",
+        ],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = dict(re.findall(r"^(.{28}) (.+)$", done.stdout, re.MULTILINE))
+    said = {key.strip(): value for key, value in said.items()}
+    assert said["rank"] == f"2048 channels, {3 if count == 2 else 6} collectives"
+    assert said["apply"].startswith("Plan(4 parameters, 1024 of 2048 channels kept)")
+    assert float(said["loss after training pruned"]) < float(said["loss after training"])
+    assert said["whole, from the checkpoint"].startswith("the same zeros")
 
 
 # Ties.

@@ -51,17 +51,22 @@ def folded(
         folds: of each, how its parts make the whole.
     """
     vectors = []
+    known: dict[Any, Tensor | None] = {}  # a model has few kinds of weights
     for tensor, part, dim, fold in zip(tensors, sums, dims, folds, strict=True):
-        here = channels_here(tensor, dim)
-        whole = part
-        if here is not None:
+        kind = tensor.device_mesh, tensor.placements, tensor.shape[dim], dim, part.device
+        if kind not in known:
+            here = channels_here(tensor, dim)
+            known[kind] = None if here is None else here.to(part.device)
+        here = known[kind]
+        if here is None:
+            vectors.append(part)
+        else:
             whole = part.new_full((tensor.shape[dim],), fold.of_nothing)
-            whole[here.to(part.device)] = part
-        vectors.append(whole)
+            vectors.append(whole.index_copy_(0, here, part))
     for group, mesh, places in _groups(tensors):
         lengths = [vectors[i].numel() for i in places]
         flat = torch.cat([vectors[i].to(_device(mesh, vectors[i])) for i in places])
-        made = _folded_over(group, flat, [folds[i] for i in places], lengths).split(lengths)
+        made = folded_over(group, flat, [folds[i] for i in places], lengths).split(lengths)
         for i, vector in zip(places, made, strict=True):
             vectors[i] = vector.to(vectors[i].device)
     return vectors
@@ -86,7 +91,7 @@ def _device(mesh: DeviceMesh, tensor: Tensor | None = None) -> torch.device:
     return torch.device(mesh.device_type)
 
 
-def _folded_over(group: Any, flat: Tensor, folds: Sequence[Fold], lengths: Sequence[int]) -> Tensor:
+def folded_over(group: Any, flat: Tensor, folds: Sequence[Fold], lengths: Sequence[int]) -> Tensor:
     """One vector of all ranks' vectors: element by element, in the order of ranks.
 
     ``folds`` are those of so many elements each.
