@@ -71,6 +71,7 @@ def _rank(rank: int, count: int, folder: str, work: str, args: tuple[Any, ...]) 
     found = globals()[work](*args)
     if rank == 0:
         report.save_text(pathlib.Path(folder) / "found.json", json.dumps(found))
+    dist.barrier()  # gloo aborts a process whose peers have left
     dist.destroy_process_group()
 
 
@@ -126,9 +127,9 @@ def exchange_vectors(rounds: int) -> dict[str, list[float]]:
     group = dist.group.WORLD
     peers = {}
     for length in VECTORS:
-        vector = torch.rand(length, dtype=torch.float64)
-        peers[str(length)] = lambda vector=vector, length=length: sharding.folded_over(
-            group, vector, [sharding.ADD], [length]
+        vector = sharding.Vector(torch.rand(length, dtype=torch.float64), None, length, sharding.ADD)
+        peers[str(length)] = lambda vector=vector: sharding.folded_over(
+            group, [vector], torch.device("cpu")
         )
     return _rounds(peers, rounds)
 

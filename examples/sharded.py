@@ -148,6 +148,7 @@ def main() -> None:
     assert difference < 1e-4
     if dist.get_rank() == 0:
         shutil.rmtree(path)
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -29,8 +29,29 @@ if TYPE_CHECKING:
 class Fold(NamedTuple):
     """How sums of parts make the sum of the whole."""
 
-    of_two: Callable[[Tensor, Tensor], Tensor]  # elementwise; keeps NaN
+    of_two: Callable[..., Tensor]  # elementwise; keeps NaN
     of_nothing: float
+
+
+class Vector(NamedTuple):
+    """Sums of the channels of a weight that are here."""
+
+    part: Tensor  # float64
+    here: Tensor | None  # which channels; None: all
+    length: int  # how many channels there are
+    fold: Fold
+
+    def empty(self) -> Tensor:
+        """For the sums of all channels."""
+        return self.part.new_empty(self.length)
+
+    def written(self, whole: Tensor) -> Tensor:
+        """The sums of all channels, those that are not here nothing, into a tensor for them."""
+        if self.here is None:
+            return whole.copy_(self.part)
+        return whole.fill_(self.fold.of_nothing).index_copy_(
+            0, self.here.to(whole.device), self.part.to(whole.device)
+        )
 
 
 ADD = Fold(torch.add, 0.0)
@@ -57,19 +78,13 @@ def folded(
         if kind not in known:
             here = channels_here(tensor, dim)
             known[kind] = None if here is None else here.to(part.device)
-        here = known[kind]
-        if here is None:
-            vectors.append(part)
-        else:
-            whole = part.new_full((tensor.shape[dim],), fold.of_nothing)
-            vectors.append(whole.index_copy_(0, here, part))
+        vectors.append(Vector(part, known[kind], tensor.shape[dim], fold))
     for group, mesh, places in _groups(tensors):
-        lengths = [vectors[i].numel() for i in places]
-        flat = torch.cat([vectors[i].to(_device(mesh, vectors[i])) for i in places])
-        made = folded_over(group, flat, [folds[i] for i in places], lengths).split(lengths)
-        for i, vector in zip(places, made, strict=True):
-            vectors[i] = vector.to(vectors[i].device)
-    return vectors
+        mine = [vectors[i] for i in places]
+        made = folded_over(group, mine, _device(mesh, mine[0].part))
+        for i, part in zip(places, made, strict=True):
+            vectors[i] = vectors[i]._replace(part=part.to(vectors[i].part.device), here=None)
+    return [vector.part if vector.here is None else vector.written(vector.empty()) for vector in vectors]
 
 
 def _groups(tensors: Sequence[DTensor]) -> list[tuple[Any, DeviceMesh, list[int]]]:
@@ -91,29 +106,30 @@ def _device(mesh: DeviceMesh, tensor: Tensor | None = None) -> torch.device:
     return torch.device(mesh.device_type)
 
 
-def folded_over(group: Any, flat: Tensor, folds: Sequence[Fold], lengths: Sequence[int]) -> Tensor:
-    """One vector of all ranks' vectors: element by element, in the order of ranks.
-
-    ``folds`` are those of so many elements each.
-    """
+def folded_over(group: Any, vectors: Sequence[Vector], device: torch.device) -> Sequence[Tensor]:
+    """Vectors of all ranks' vectors: element by element, in the order of ranks."""
     ranks = dist.get_world_size(group)
-    share = -(-flat.numel() // ranks)
-    sent = flat.new_zeros(ranks * share)
-    sent[: flat.numel()] = flat
+    lengths = [vector.length for vector in vectors]
+    total = sum(lengths)
+    share = -(-total // ranks)
+    sent = torch.empty(ranks * share, dtype=torch.float64, device=device)
+    sent[total:] = 0
+    wholes = sent[:total].split(lengths)
+    for vector, whole in zip(vectors, wholes, strict=True):
+        vector.written(whole)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     rows = received.view(ranks, share)
-    mine = rows[0]
     first = dist.get_rank(group) * share  # of the elements that are folded here
     start = 0
-    for fold, run in itertools.groupby(zip(folds, lengths, strict=True), key=lambda each: each[0]):
-        end = start + sum(length for _, length in run)
-        here = slice(max(0, start - first), max(0, end - first))
-        for row in rows[1:]:
-            mine[here] = fold.of_two(mine[here], row[here])
+    for fold, run in itertools.groupby(vectors, key=lambda vector: vector.fold):
+        end = start + sum(vector.length for vector in run)
+        mine = rows[:, max(0, start - first) : max(0, end - first)]
+        for row in mine[1:]:
+            fold.of_two(mine[0], row, out=mine[0])
         start = end
-    _all_gather(sent, mine, group)
-    return sent[: flat.numel()]
+    _all_gather(sent, rows[0], group)
+    return wholes
 
 
 def _all_gather(whole: Tensor, mine: Tensor, group: Any) -> None:
