@@ -271,6 +271,100 @@ def test_undo_brings_every_bit_back_on_every_rank(count, kind):
     ranks(count).run(undoes_every_bit, kind)
 
 
+class Tied(nn.Module):
+    """An embedding whose weight is also that of the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.inner = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.inner(self.embedding(tokens)))
+
+
+def prunes_tied_weights():
+    from torch.distributed.fsdp import fully_shard
+
+    model = Tied()
+    shards = fully_shard(copy.deepcopy(model), mesh=make_mesh([-1]))
+    plans = [lnprune.rank(each, 2, 0).select(0.4).apply(permanent=True) for each in (model, shards)]
+    assert plans[0].to_dict() == plans[1].to_dict()
+    assert same_bits(model.parameters(), shards.parameters())
+    optimizer = torch.optim.SGD(shards.parameters(), lr=0.1)
+    plans[1].keep_zeros(optimizer)
+    tokens = torch.arange(11)
+    assert torch.equal(model(tokens), shards(tokens))
+    shards(tokens).sum().backward()
+    optimizer.step()
+    zeros = (whole(shards.embedding.weight) == 0).all(dim=1)
+    assert torch.equal(zeros, ~plans[1].keep["embedding.weight"])
+    assert "couple it before" in raised_by(lambda: lnprune.couple(shards, tokens))
+
+
+def notices_parameters_on_a_smaller_mesh():
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8)), nn.Linear(8, 4))
+    mesh = make_mesh([-1])
+    fully_shard(model[0], mesh=mesh, reshard_after_forward=2)
+    fully_shard(model, mesh=mesh)
+    with torch.no_grad():
+        model(torch.randn(2, 6))
+    assert model[0][0].weight.device_mesh != mesh
+    assert "call reshard()" in raised_by(lambda: lnprune.rank(model[0], 2, 0))
+    model[0].reshard()
+    assert model[0][0].weight.device_mesh == mesh
+    assert len(lnprune.rank(model[0], 2, 0)) == 1
+
+
+def ranks_a_model_without_values():
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 8))
+    ranking = lnprune.rank(fully_shard(model, mesh=make_mesh([-1])), 2, 0)
+    assert ranking.norms["0.weight"].is_meta
+    assert "device meta" in raised_by(lambda: ranking.select(0.5))
+    assert "0.weight: expected" in raised_by(
+        lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True)
+    )
+
+
+def undoes_what_was_converted(permanent):
+    kind = "fully_shard" if permanent else "tensor parallel"
+    model = parallel(blocks(), kind)
+    before = [whole(parameter.detach()).double() for parameter in model.parameters()]
+    plan = lnprune.rank(model, 2, "out").select(0.5).apply(permanent=permanent, keep_backup=permanent)
+    model.double()
+    plan.undo()
+    assert same_bits(before, model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_tied_weights(count):
+    ranks(count).run(prunes_tied_weights)
+
+
+@pytest.mark.slow
+def test_parameters_on_a_smaller_mesh_after_a_forward():
+    ranks(4).run(notices_parameters_on_a_smaller_mesh)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_on_the_device_meta():
+    ranks(2).run(ranks_a_model_without_values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("permanent", [True, False])
+def test_undo_follows_a_conversion(permanent):
+    ranks(2).run(undoes_what_was_converted, permanent)
+
+
 # Training on.
 
 

@@ -135,6 +135,18 @@ def trains_alike(kind):
     torch.testing.assert_close(loaded(inputs), whole(shards(inputs)))
 
 
+def loads_and_copies():
+    model = parallel(blocks(), "tensor parallel")
+    lnprune.local_structured(model, 0.5, 2, "out")
+    other = parallel(blocks(), "tensor parallel")
+    lnprune.load_masked(other, model.state_dict())
+    assert same_bits(model.state_dict().values(), other.state_dict().values())
+    inputs = torch.randn(3, 10)
+    assert torch.equal(whole(model(inputs)), whole(other(inputs)))
+    copied = copy.deepcopy(lnprune.renew_masked(other))
+    assert torch.equal(whole(model(inputs)), whole(copied(inputs)))
+
+
 def raises_alike():
     rank = torch.distributed.get_rank()
     mesh = make_mesh([-1])
@@ -208,6 +220,12 @@ def test_methods_and_containers(count):
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_training_with_masks_under_tensor_parallelism(count):
     ranks(count).run(trains_alike, "tensor parallel")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_masked_models_are_loaded_and_copied(count):
+    ranks(count).run(loads_and_copies)
 
 
 @pytest.mark.slow

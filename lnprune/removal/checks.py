@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lnprune.errors import shown
 from lnprune.modules.finding import is_masked
 from lnprune.modules.parameters import check_is_eager
+from lnprune.modules.sharded import kept_by_fsdp
 from lnprune.steps.local import is_wrapper
 from lnprune.torch_internals import WRAPPED_CHILDREN, is_compiled, own_parameters
 
@@ -22,8 +23,14 @@ def checked_tensors(model: Any, may_be_meta: bool = False) -> dict[str, Tensor]:
     """The parameters and buffers of a model that can be coupled, each once, by the first of its names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {shown(model)}")
+    kept = {module for module, _ in kept_by_fsdp()}
     for path, module in model.named_modules():
         check_is_eager(module)
+        if id(module) in kept:
+            raise TypeError(
+                f"{path or 'model'}: expected a module as it was written, got one of fully_shard(): couple "
+                "it before"
+            )
         wrapper = next((name for name in WRAPPED_CHILDREN if hasattr(module, name)), None)
         if is_compiled(module) or wrapper not in (None, _CHECKPOINT):
             raise TypeError(
