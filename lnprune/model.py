@@ -54,7 +54,9 @@ def rank(
     No weight is changed, and none is read again by the selections that follow. A weight that modules
     share is measured once. Of a pruned parameter the product of mask and original is measured, as they are
     now, whatever the last forward left in the attribute. Channels that are gone take no part in what is
-    selected: those that a mask empties, and those whose elements are all zero, whoever zeroed them.
+    selected: those that a mask empties, and those whose elements are all zero, whoever zeroed them. Sharded
+    parameters (DTensor) are measured where they lie, by one call on all ranks, and norms are of whole
+    weights.
 
     Args:
         parameters: pairs ``(module, name)``, as in torch's ``global_unstructured``; they are called
@@ -160,8 +162,9 @@ def local_structured(
 
     Raises:
         As :func:`ln_structured` and :func:`rank`, with the name of the parameter. ValueError for a mask
-        that no hook would renew, as :meth:`Plan.apply`. With ``permanent``, RuntimeError for values that
-        lie in other tensors (DTensor) or in memory that cannot be written.
+        that no hook would renew, as :meth:`Plan.apply`. RuntimeError for masks under ``fully_shard``; with
+        ``permanent``, for values that lie in other tensors, but for a DTensor's, or in memory that cannot
+        be written.
 
     Example:
         >>> import lnprune
@@ -235,17 +238,20 @@ def global_structured(
         >>> sum(int(mask[:, 0].sum()) for mask in model.buffers())
         72
     """
-    check_flags(permanent=permanent)
-    ranking = rank(parameters, n, dim, importance_scores, include=include, exclude=exclude)
-    plan = ranking.select(
-        amount,
-        scope="global",
-        of=of,
-        normalize=normalize,
-        min_channels=min_channels,
-        multiple_of=multiple_of,
-        group_size=group_size,
-    )
+    parameters = repeatable(parameters)
+    with Agreement(parameters_of(parameters)) as agreement:
+        check_flags(permanent=permanent)
+        ranking = rank(parameters, n, dim, importance_scores, include=include, exclude=exclude)
+        plan = ranking.select(
+            amount,
+            scope="global",
+            of=of,
+            normalize=normalize,
+            min_channels=min_channels,
+            multiple_of=multiple_of,
+            group_size=group_size,
+        )
+        agreement.confirm("global")
     plan.apply(permanent=permanent)
     return parameters
 
@@ -263,7 +269,8 @@ def remove_all(model: nn.Module) -> nn.Module:
         ``model``, changed in place.
 
     Raises:
-        RuntimeError: the values of a masked parameter lie in other tensors (DTensor).
+        RuntimeError: the values of a masked parameter lie in other tensors, but for a DTensor's, or
+            ``fully_shard`` keeps it.
 
     Example:
         >>> import lnprune

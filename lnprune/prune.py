@@ -75,7 +75,8 @@ def ln_structured(
     Args:
         module: the module to prune.
         name: the name of a parameter with two dims or more, on any device. Real floating-point
-            parameters on the CPU and on CUDA take the native path, others plain torch.
+            parameters on the CPU and on CUDA take the native path, others plain torch. Of a sharded one
+            (DTensor), which all ranks prune by the same call, mask and weight are DTensors too.
         amount: channels to prune, an int, or the share of the channels, a float in [0, 1], rounded half
             to even.
         n: the order of the norm: any real number, ``inf``, ``-inf``, ``None`` or ``'fro'`` (both 2), or,

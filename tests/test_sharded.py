@@ -628,6 +628,9 @@ def raises_on_all_ranks():
     both(lambda: lnprune.local_structured(model, 1 + (rank == 0), 2, 0, permanent=True), other, other)
     both(lambda: lnprune.rank(model, "nuc", 0), "n='nuc'", "n='nuc'")
     both(lambda: lnprune.rank(model, "abc", 0), "Error", "Error")
+    call = lambda amount: lnprune.global_structured(model, amount, 2, 0, permanent=True)  # noqa: E731
+    both(lambda: call(-1 if rank == 0 else 1), "amount")
+    both(lambda: call(1 + (rank == 0)), other, other)
     pairs = [(model[0], "weight"), (model[2], "weight")]
     both(lambda: lnprune.rank(pairs[: 1 + (rank == 0)], 2, 0), other, other)
     both(lambda: lnprune.rank(iter(pairs[:1] * (1 + (rank == 0))), 2, 0), "every parameter once")
@@ -642,9 +645,15 @@ def raises_on_all_ranks():
         both(lambda: lnprune.rank(model, 2, 0), "reference_ranking", "reference_ranking")
         call = lambda: lnprune.local_structured(model, 1, 2, 0, permanent=True)  # noqa: E731
         both(call, "reference_ranking", "reference_ranking")
-    plan = ranking.select(1).apply(permanent=True)
+    plan = ranking.select(1)
+    both(lambda: plan.apply(permanent=1 if rank == 0 else True), "expected True or False")
+    both(plan.undo, "is not applied", "is not applied")
+    plan.apply(permanent=True)
     before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
     both(plan.undo, "the values are gone", "the values are gone")
+    fresh = ranking.select(1)
+    both(lambda: (plan if rank == 0 else fresh).apply(permanent=True), "is applied already")
+    both((plan if rank == 0 else fresh).undo, "the values are gone", "is not applied")
 
     # Gathered parameters: of the root, after a forward without a backward.
     plan = ranking.select(2)

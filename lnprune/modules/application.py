@@ -32,6 +32,7 @@ __all__ = [
     "Slices",
     "Target",
     "Weight",
+    "agreement_about",
     "install",
     "prune_in_place",
     "unmask",
@@ -165,6 +166,11 @@ def prune_in_place(
     in_place.write_in_place(list(requests.values()), pairs, n, before, keep_values, agree)
 
 
+def agreement_about(slices: Sequence[Slices]) -> Agreement:
+    """That of all ranks, where the weights are sharded over some, to prune them or to take it back."""
+    return Agreement(parameters_at(place for each in slices for place in each.weight.places))
+
+
 class Application:
     """What applying flags did to modules, and the way back."""
 
@@ -175,9 +181,9 @@ class Application:
         permanent: bool,
         bias: bool,
         keep_backup: bool,
+        agreement: Agreement,
     ):
-        places = (place for each in slices for place in each.weight.places)
-        with Agreement(parameters_at(places)) as agreement, Transaction() as transaction:
+        with Transaction() as transaction:
             if not permanent:
                 _check_hold_masks(slices)
             targets = self._targets = _targets(slices, bias)
@@ -198,15 +204,14 @@ class Application:
                     install(transaction, each, n)
             self._after = [ParameterState(state.module, state.name) for state in self._before]
 
-    def undo(self) -> None:
+    def undo(self, agreement: Agreement) -> None:
         """As :meth:`Plan.undo`."""
         if not self._has_values:
             raise RuntimeError(
                 "the plan was applied with permanent=True and without keep_backup=True: the values are gone"
             )
-        with Agreement(parameters_at((state.module, state.name) for state in self._before)) as agreement:
-            self._check_is_current()
-            agreement.confirm("undo", self._names)
+        self._check_is_current()
+        agreement.confirm("undo", self._names)
         with Transaction() as transaction:
             for state in self._before:
                 transaction.touch(state.module)

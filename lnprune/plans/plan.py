@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lnprune.errors import check_flags, shown
-from lnprune.modules.application import Application, Part, Slices, Weight
+from lnprune.modules.application import Application, Part, Slices, Weight, agreement_about
 from lnprune.plans import plan_file, report
 from lnprune.plans.plan_file import PlanEntry, SavedPlan
 from lnprune.plans.rows import merged
@@ -163,7 +163,8 @@ class Plan:
             TypeError: there is an argument without its name, a model say, or one that is no bool.
             RuntimeError: the plan is applied already, or has no model; a parameter changed its shape since,
                 or shares its memory with one that is pruned along another dim; or, with ``permanent``, its
-                values lie in other tensors (DTensor) or in memory that cannot be written.
+                values lie in other tensors, but for a DTensor's, or in memory that cannot be written; or
+                its parameters are sharded, and another rank raises, or applies another plan.
             ValueError: ``bias`` with channels that are not a module's outputs, or with coupled channels,
                 whose biases go with them; ``keep_backup`` without
                 ``permanent``; a mask for a weight whose module is never called, as that of
@@ -177,23 +178,25 @@ class Plan:
             >>> int((model[0].weight == 0).all(dim=1).sum()), int((model[0].bias == 0).sum())
             (2, 2)
         """
-        if _unexpected:
-            raise TypeError(
-                f"apply takes no model, and its options by name, got {shown(_unexpected[0])}: a plan "
-                "prunes the model that was ranked; to prune another one, save the plan and load_plan(path, "
-                "model)"
-            )
-        check_flags(permanent=permanent, bias=bias, keep_backup=keep_backup)
-        if keep_backup and not permanent:
-            raise ValueError(
-                "keep_backup=True keeps what permanent=True overwrites: masks overwrite nothing, and "
-                "undo() takes them back without it"
-            )
-        if bias and self._make_coupled is not None:
-            raise ValueError("bias: the biases of coupled channels go with them, without bias=True")
-        if self._application is not None:
-            raise RuntimeError("this plan is applied already: undo() it first, or select another")
-        self._application = Application(self._slices(), self.n, permanent, bias, keep_backup)
+        slices = self._slices()
+        with agreement_about(slices) as agreement:
+            if _unexpected:
+                raise TypeError(
+                    f"apply takes no model, and its options by name, got {shown(_unexpected[0])}: a plan "
+                    "prunes the model that was ranked; to prune another one, save the plan and "
+                    "load_plan(path, model)"
+                )
+            check_flags(permanent=permanent, bias=bias, keep_backup=keep_backup)
+            if keep_backup and not permanent:
+                raise ValueError(
+                    "keep_backup=True keeps what permanent=True overwrites: masks overwrite nothing, and "
+                    "undo() takes them back without it"
+                )
+            if bias and self._make_coupled is not None:
+                raise ValueError("bias: the biases of coupled channels go with them, without bias=True")
+            if self._application is not None:
+                raise RuntimeError("this plan is applied already: undo() it first, or select another")
+            self._application = Application(slices, self.n, permanent, bias, keep_backup, agreement)
         return self
 
     def compact(
@@ -296,9 +299,10 @@ class Plan:
                 ``keep_backup``; or a parameter was pruned, restored or replaced since, or, where zeros were
                 written, what was zeroed has other values. Nothing is changed then.
         """
-        if self._application is None:
-            raise RuntimeError("this plan is not applied: there is nothing to undo")
-        self._application.undo()
+        with agreement_about(self._slices()) as agreement:
+            if self._application is None:
+                raise RuntimeError("this plan is not applied: there is nothing to undo")
+            self._application.undo(agreement)
         self._application = None
         return self
 

@@ -178,7 +178,7 @@ class Agreement:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if error is not None and self._is_open:
+        if isinstance(error, Exception) and self._is_open:  # an interrupt waits for nobody
             self._exchange(_FAILED)
 
     def _exchange(self, mine: int) -> None:
@@ -246,7 +246,7 @@ class Group:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if error is not None and self._is_open:
+        if isinstance(error, Exception) and self._is_open:
             self.exchange(None)
 
 
