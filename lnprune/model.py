@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -119,9 +119,17 @@ def rank(
             rows.append(Row(weight.name, weight.shape[along], [Member(weight, along)]))
         measured, masks = current_values(weights)
         scores = scores_of(weights, list(measured.values()), importance_scores)
-        agreement.confirm("rank", n, [row.name for row in rows], given, list(measured.values()), scores)
+        values = list(measured.values())
+        agreement.confirm(
+            "rank", n, [row.name for row in rows], given, values, scores, _given(scores, values)
+        )
         by_weight = dict(zip(weights, scores, strict=True))
         return measure(rows, n, measured, by_weight, masks, group=others)
+
+
+def _given(scores: Sequence[Tensor], values: Sequence[Tensor]) -> list[bool]:
+    """For which weights scores were given."""
+    return [score is not value for score, value in zip(scores, values, strict=True)]
 
 
 def local_structured(
@@ -192,9 +200,8 @@ def local_structured(
             )
             for name, (module, attribute) in zip(weight.names, weight.places, strict=True)
         )
-        agree = functools.partial(
-            agreement.confirm, "local", permanent, n, names, dims, amounts, tensors, scores
-        )
+        asked = names, dims, amounts, tensors, scores, _given(scores, tensors)
+        agree = functools.partial(agreement.confirm, "local", permanent, n, *asked)
         if permanent:
             prune_in_place(transaction, targets, n, agree=agree)
         else:

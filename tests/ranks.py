@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-START_LIMIT = 120  # seconds: torch is imported by all of them at once
-CALL_LIMIT = 60
-COLLECTIVE_LIMIT = 20  # a rank that waits for another so long raises
+START_LIMIT = 240  # seconds: torch is imported by all of them at once
+CALL_LIMIT = 240
+COLLECTIVE_LIMIT = 60  # a rank that waits for another so long raises
 
 
 class Ranks:

@@ -15,6 +15,7 @@ LAYOUTS = {
     "rows twice": ([2, -1], ["S0", "S0"]),
     "replicas of rows": ([2, -1], ["R", "S0"]),
     "replicas of columns": ([-1, 2], ["S1", "R"]),
+    "three dims": ([2, 1, -1], ["S1", "S0", "S0"]),
     "rows on one dim of two": ([1, -1], ["S0", "S1"]),
 }
 

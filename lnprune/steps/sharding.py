@@ -154,9 +154,11 @@ class Agreement:
         # Of all dims of a mesh that shards something: replicas of a shard must not part ways.
         self._groups: dict[str, tuple[Any, DeviceMesh]] = {}
         self._is_open = False
+        known = set()
         for tensor in tensors if has_ranks() else ():
-            if is_distributed(tensor) and _is_split(tensor):
+            if is_distributed(tensor) and id(tensor.device_mesh) not in known and _is_split(tensor):
                 mesh = tensor.device_mesh
+                known.add(id(mesh))
                 for mesh_dim in range(mesh.ndim):
                     if mesh.size(mesh_dim) > 1:
                         group = mesh.get_group(mesh_dim)
