@@ -444,6 +444,26 @@ def trains_as_with_masks(kind, make):
     assert all(torch.equal(*pair) for pair in zip(zeros(), gone, strict=True))
 
 
+def follows_what_is_sharded_later():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    plan = lnprune.rank(model, 2, "out").select(0.5).apply(permanent=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan.keep_zeros(optimizer)
+    optimizer.step()
+    for placement in ("S0", "S1"):
+        for layer in model:
+            layer.weight = nn.Parameter(sharded(whole(layer.weight) + 1, make_mesh([-1]), [placement]))
+        optimizer.step()
+        for layer, flags in zip(model, plan.keep.values(), strict=True):
+            assert torch.equal((whole(layer.weight) == 0).all(dim=1), ~flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_zeros_are_kept_in_what_is_sharded_later(count):
+    ranks(count).run(follows_what_is_sharded_later)
+
+
 def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=0.01)
 
@@ -758,6 +778,27 @@ def _partial(tensor, mesh):
     return DTensor.from_local(tensor, mesh, [Partial()])
 
 
+def raises_where_meshes_differ():
+    """The first layer, which is not pruned, lies on another mesh than the one that is."""
+    rank = torch.distributed.get_rank()
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    model[0].weight = nn.Parameter(sharded(model[0].weight, make_mesh([2, 2]), ["S0", "S1"]))
+    model[1].weight = nn.Parameter(sharded(model[1].weight, make_mesh([4]), ["S0"]))
+    for amount, expected in ((9.0, "amount"), (1, None)):
+        call = lambda: lnprune.global_structured(  # noqa: E731
+            model,
+            amount if rank == 0 else 1,  # noqa: B023
+            2,
+            0,
+            exclude="0",
+            permanent=True,
+        )
+        if expected is None:
+            call()
+        else:
+            assert (expected if rank == 0 else "raised on rank") in raised_by(call)
+
+
 def raises_outside_of_the_mesh():
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -786,6 +827,11 @@ def test_errors_are_raised_on_all_ranks_and_none_waits(count):
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_shard_that_cannot_be_written(count, tmp_path):
     ranks(count).run(raises_where_one_shard_cannot_be_written, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_trouble_between_ranking_and_pruning_where_meshes_differ():
+    ranks(4).run(raises_where_meshes_differ)
 
 
 @pytest.mark.slow

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 from ranks import raised_by, ranks
-from sharded_models import LAYOUTS, blocks, layers, make_mesh, parallel, same_bits, shard_weights, whole
+from sharded_models import (
+    LAYOUTS,
+    blocks,
+    layers,
+    make_mesh,
+    parallel,
+    same_bits,
+    shard_weights,
+    sharded,
+    whole,
+)
 from torch import nn
 from torch.nn.utils import prune as stock
 
@@ -56,6 +66,7 @@ def masks_as_on_one_machine(layout, dtype):
         lambda each: lnprune.local_structured(each, 0.2, math.inf, "in"),
         lnprune.remove_all,
         lambda each: lnprune.local_structured(each, amounts, -math.inf, 0, scores),
+        lambda each: lnprune.local_structured(each, 0.4, 2, 0, scores),  # what is gone has scores too
         lambda each: lnprune.global_structured(each, 0.3, 2, "out"),
         lambda each: lnprune.rank(each, 3, "out").select(0.3).apply(bias=True),
         lambda each: lnprune.rank(each, 2, 1).select(0.3).apply(permanent=True),
@@ -103,6 +114,22 @@ def takes_the_methods_of_torch():
         for each in (model, shards):
             stock.ln_structured(each[0], "weight", 2, 2, 0)
     check_alike(model, shards)
+
+
+def makes_masks_of_other_placements_permanent():
+    """Masks as torch's own methods take them: plain, or placed otherwise than the weight."""
+    mesh = make_mesh([-1])
+    for placement in ("S0", "R", None):
+        model = nn.Sequential(nn.Linear(6, 5))
+        mask = (torch.rand(5, 6) > 0.5).float()
+        shards = shard_weights(copy.deepcopy(model), mesh, ["S1"])
+        stock.custom_from_mask(model[0], "weight", mask)
+        stock.custom_from_mask(shards[0], "weight", sharded(mask, mesh, [placement or "S1"]))
+        if placement is None:
+            shards[0].weight_mask = mask
+        for each in (model, shards):
+            lnprune.remove_all(each)
+        assert same_bits(model.parameters(), shards.parameters())
 
 
 def trains_alike(kind):
@@ -208,6 +235,12 @@ GRID = [
 @pytest.mark.parametrize(("count", "layout"), GRID)
 def test_masks_are_those_of_the_unsharded_model(count, layout, dtype):
     ranks(count).run(masks_as_on_one_machine, layout, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_masks_of_other_placements(count):
+    ranks(count).run(makes_masks_of_other_placements_permanent)
 
 
 @pytest.mark.slow

@@ -63,10 +63,11 @@ class _Zeros:
         write_zeros(tensors, flags, dims)
 
     def _flags_of(self, i: int, target: Target, tensor: Tensor) -> Tensor:
-        layout = layout_of(tensor)
+        held = held_here(tensor)
+        layout = layout_of(tensor), held.device
         known = self._flags.get(i)
         if known is None or known[0] != layout:
             assert target.keep is not None
-            flags = flags_here(tensor, target.dim, target.keep).to(held_here(tensor).device)
+            flags = flags_here(tensor, target.dim, target.keep).to(held.device)
             known = self._flags[i] = layout, flags
         return known[1]
