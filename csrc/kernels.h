@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "lp_norm.h"
@@ -34,7 +35,8 @@ constexpr int64_t element_bytes(ElementType type) {
   return kBytes[static_cast<int>(type)];
 }
 
-// One tensor to rank: its elements, and room for one norm, or sum before the root, per channel.
+// One tensor to rank: its elements, and room for one norm, or sum before the root, per channel of
+// each matrix.
 struct RankItem {
   const void* elements;
   ElementType type;
@@ -49,14 +51,16 @@ struct RootItem {
   double* norms;
 };
 
-// One ranking to cut: which channels stay. `mask_counts`, where not null, holds zero for each
-// channel without a nonzero mask element; they take no part and are not kept.
+// Rankings to cut, one after another, each by itself: which channels stay. `mask_counts`, where not
+// null, holds zero for each channel without a nonzero mask element; they take no part and are not
+// kept.
 struct SelectItem {
   const double* norms;
   const double* mask_counts;
-  int64_t channels;
-  int64_t count;    // channels to prune; negative: use fraction
-  double fraction;  // share of the participating channels to prune
+  int64_t rankings;
+  int64_t channels;  // of each ranking
+  int64_t count;     // channels to prune; negative: use fraction
+  double fraction;   // share of the participating channels to prune
   bool* keep;
 };
 
@@ -81,6 +85,56 @@ struct ZeroItem {
   ElementType type;
   Slices slices;
 };
+
+// What belongs to one matrix of a batch, or to one ranking.
+template <class T>
+LNPRUNE_FUNCTION T* moved_by(T* address, int64_t count) {
+  return address == nullptr ? nullptr : address + count;
+}
+template <class Bytes>
+LNPRUNE_FUNCTION Bytes* moved_by(Bytes* address, int64_t count, ElementType type) {
+  using Byte = std::conditional_t<std::is_const_v<Bytes>, const char, char>;
+  return moved_by(static_cast<Byte*>(address), count * element_bytes(type));
+}
+
+LNPRUNE_FUNCTION RankItem matrix_of(const RankItem& item, int64_t matrix) {
+  const int64_t elements = matrix * item.slices.matrix();
+  RankItem one = item;
+  one.elements = moved_by(item.elements, elements, item.type);
+  one.slices.batch = 1;
+  one.norms = moved_by(item.norms, matrix * item.slices.channels);
+  return one;
+}
+
+LNPRUNE_FUNCTION SelectItem ranking_of(const SelectItem& item, int64_t ranking) {
+  const int64_t channels = ranking * item.channels;
+  SelectItem one = item;
+  one.norms = moved_by(item.norms, channels);
+  one.mask_counts = moved_by(item.mask_counts, channels);
+  one.rankings = 1;
+  one.keep = moved_by(item.keep, channels);
+  return one;
+}
+
+LNPRUNE_FUNCTION WriteItem matrix_of(const WriteItem& item, int64_t matrix) {
+  const int64_t elements = matrix * item.slices.matrix();
+  WriteItem one = item;
+  one.keep = moved_by(item.keep, matrix * item.slices.channels);
+  one.mask = moved_by(item.mask, elements, item.type);
+  one.original = moved_by(item.original, elements, item.type);
+  one.new_mask = moved_by(item.new_mask, elements, item.type);
+  one.weight = moved_by(item.weight, elements, item.type);
+  one.slices.batch = 1;
+  return one;
+}
+
+LNPRUNE_FUNCTION ZeroItem matrix_of(const ZeroItem& item, int64_t matrix) {
+  ZeroItem one = item;
+  one.keep = moved_by(item.keep, matrix * item.slices.channels);
+  one.elements = moved_by(item.elements, matrix * item.slices.matrix(), item.type);
+  one.slices.batch = 1;
+  return one;
+}
 
 // What one call asks for on one device. Lists that are empty ask for nothing; the others run in
 // this order, each reading what those before it wrote.

@@ -56,7 +56,7 @@ pybind11::dict build_info() {
 
 // How many tasks each step makes of a tensor, by its name.
 pybind11::dict task_counts(int64_t outer, int64_t channels, int64_t inner, int64_t threads) {
-  const Slices slices{outer, channels, inner};
+  const Slices slices{1, outer, channels, inner};
   pybind11::dict counts;
   counts["rank"] = cpu::rank_tasks(slices, threads);
   counts["write"] = cpu::write_tasks(slices, threads);

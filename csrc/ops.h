@@ -1,7 +1,10 @@
 // The native ops of any backend: schemas, checks, views, outputs, and the steps that they ask for.
 //
 // Every op takes lists; one tensor is a list of one. None is differentiable and none returns an
-// alias; those whose names end in an underscore write their tensors in place. A backend has
+// alias; those whose names end in an underscore write their tensors in place. `batches` is empty,
+// or has for each tensor a dim and how many matrices are side by side along it, each with channels
+// and a ranking of its own; norms, counts and flags are then those of all matrices, one after
+// another. A backend has
 //   device_type()                           of its tensors, as aoti_torch_device_type_*()
 //   Call(int32_t device, const Steps&)      takes the memory that the steps need there; run()
 //   Scratch(int32_t device, size_t bytes)   memory of one call there; data()
@@ -15,6 +18,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -32,25 +36,27 @@ namespace lnprune {
 
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
 
 template <class Library>
 void define_ops(Library& library) {
-  library.def("channel_norms(Tensor[] tensors, int[] dims, float p) -> Tensor[]");
-  library.def("channel_sums(Tensor[] tensors, int[] dims, float p) -> Tensor[]");
+  library.def("channel_norms(Tensor[] tensors, int[] dims, float p, int[] batches=[]) -> Tensor[]");
+  library.def("channel_sums(Tensor[] tensors, int[] dims, float p, int[] batches=[]) -> Tensor[]");
   library.def("norms_of_sums(Tensor[] sums, float p) -> Tensor[]");
   library.def(
-      "select_channels(Tensor[] norms, Tensor[] mask_counts, int[] counts, float[] fractions)"
-      " -> Tensor[]");
+      "select_channels(Tensor[] norms, Tensor[] mask_counts, int[] counts, float[] fractions,"
+      " int[] rankings=[]) -> Tensor[]");
   library.def(
-      "write_masks(Tensor[] keep, Tensor[] scores, Tensor[] masks, Tensor[] originals, int[] dims)"
-      " -> (Tensor[], Tensor[])");
+      "write_masks(Tensor[] keep, Tensor[] scores, Tensor[] masks, Tensor[] originals, int[] dims,"
+      " int[] batches=[]) -> (Tensor[], Tensor[])");
   library.def(
       "prune_channels(Tensor[] scores, Tensor[] masks, Tensor[] originals, int[] dims, float p,"
-      " int[] counts, float[] fractions) -> (Tensor[], Tensor[])");
-  library.def("zero_channels_(Tensor(a!)[] tensors, Tensor[] keep, int[] dims) -> ()");
+      " int[] counts, float[] fractions, int[] batches=[]) -> (Tensor[], Tensor[])");
+  library.def(
+      "zero_channels_(Tensor(a!)[] tensors, Tensor[] keep, int[] dims, int[] batches=[]) -> ()");
   library.def(
       "prune_channels_(Tensor[] scores, Tensor(a!)[] weights, int[] dims, float p, int[] counts,"
-      " float[] fractions) -> ()");
+      " float[] fractions, int[] batches=[]) -> ()");
 }
 
 using StepsByDevice = std::map<int32_t, Steps>;
@@ -68,12 +74,12 @@ void run_calls(const StepsByDevice& steps) {
 template <class Backend>
 class Ops {
  public:
-  static Tensors channel_norms(Tensors tensors, std::vector<int64_t> dims, double p) {
-    return ranked(tensors, dims, p, true);
+  static Tensors channel_norms(Tensors tensors, Integers dims, double p, Integers batches) {
+    return ranked(tensors, {dims, batches}, p, true);
   }
 
-  static Tensors channel_sums(Tensors tensors, std::vector<int64_t> dims, double p) {
-    return ranked(tensors, dims, p, false);
+  static Tensors channel_sums(Tensors tensors, Integers dims, double p, Integers batches) {
+    return ranked(tensors, {dims, batches}, p, false);
   }
 
   static Tensors norms_of_sums(Tensors sums, double p) {
@@ -96,13 +102,22 @@ class Ops {
     return norms;
   }
 
-  static Tensors select_channels(Tensors norms, Tensors mask_counts, std::vector<int64_t> counts,
-                                 std::vector<double> fractions) {
-    check_amounts(norms.size(), counts, fractions);
+  // Each tensor holds so many rankings of equal length as `rankings` says, or one where that is
+  // empty. Counts and fractions are those of all rankings, one after another.
+  static Tensors select_channels(Tensors norms, Tensors mask_counts, Integers counts,
+                                 std::vector<double> fractions, Integers rankings) {
+    STD_TORCH_CHECK(rankings.empty() || rankings.size() == norms.size(),
+                    "lnprune: expected no numbers of rankings or one per tensor, got ",
+                    rankings.size());
+    const size_t all = rankings.empty()
+                           ? norms.size()
+                           : std::accumulate(rankings.begin(), rankings.end(), size_t{0});
+    check_amounts(all, counts, fractions);
     STD_TORCH_CHECK(mask_counts.empty() || mask_counts.size() == norms.size(),
                     "lnprune: expected no mask counts or one per tensor, got ", mask_counts.size());
     Tensors keep;
     StepsByDevice steps;
+    size_t ranking = 0;
     for (size_t i = 0; i < norms.size(); ++i) {
       const double* values = doubles_of(norms[i], "norms");
       const double* mask_values =
@@ -113,18 +128,31 @@ class Ops {
                       "lnprune: expected a mask count for each of ", channels, " channels");
       if (!mask_counts.empty()) check_device(mask_counts[i], device, "mask counts");
       keep.push_back(new_vector(channels, aoti_torch_dtype_bool(), device));
-      steps[device].selections.push_back({values, mask_values, channels, counts[i], fractions[i],
-                                          static_cast<bool*>(keep.back().mutable_data_ptr())});
+      const int64_t here = rankings.empty() ? 1 : rankings[i];
+      STD_TORCH_CHECK(here > 0 && channels % here == 0,
+                      "lnprune: expected rankings of equal length, ", here, " of them, got ",
+                      channels, " norms");
+      const SelectItem item{values,
+                            mask_values,
+                            here,
+                            channels / here,
+                            0,
+                            0,
+                            static_cast<bool*>(keep.back().mutable_data_ptr())};
+      add_selections(steps[device].selections, item, &counts[ranking], &fractions[ranking]);
+      ranking += here;
     }
     run(steps);
     return keep;
   }
 
   static std::tuple<Tensors, Tensors> write_masks(Tensors keep, Tensors scores, Tensors masks,
-                                                  Tensors originals, std::vector<int64_t> dims) {
-    const std::vector<View> views = views_along(scores, dims);
+                                                  Tensors originals, Integers dims,
+                                                  Integers batches) {
+    const Along along{dims, batches};
+    const std::vector<View> views = views_along(scores, along);
     const std::vector<const bool*> flags = checked_flags(keep, views);
-    Writing writing(views, masks, originals, dims);
+    Writing writing(views, masks, originals, along);
     StepsByDevice steps;
     for (size_t i = 0; i < views.size(); ++i) {
       steps[views[i].device].writes.push_back(writing.item(i, flags[i]));
@@ -134,13 +162,14 @@ class Ops {
   }
 
   static std::tuple<Tensors, Tensors> prune_channels(Tensors scores, Tensors masks,
-                                                     Tensors originals, std::vector<int64_t> dims,
-                                                     double p, std::vector<int64_t> counts,
-                                                     std::vector<double> fractions) {
+                                                     Tensors originals, Integers dims, double p,
+                                                     Integers counts, std::vector<double> fractions,
+                                                     Integers batches) {
     check_amounts(scores.size(), counts, fractions);
-    const std::vector<View> views = views_along(scores, dims);
+    const Along along{dims, batches};
+    const std::vector<View> views = views_along(scores, along);
     const NormOrder order = checked_order(p);
-    Writing writing(views, masks, originals, dims);
+    Writing writing(views, masks, originals, along);
 
     Choice choice(views, writing.mask_views, order, counts, fractions);
     for (size_t i = 0; i < views.size(); ++i) {
@@ -150,8 +179,8 @@ class Ops {
     return {std::move(writing.new_masks), std::move(writing.weights)};
   }
 
-  static void zero_channels_(Tensors tensors, Tensors keep, std::vector<int64_t> dims) {
-    const std::vector<View> views = writable_views_along(tensors, dims);
+  static void zero_channels_(Tensors tensors, Tensors keep, Integers dims, Integers batches) {
+    const std::vector<View> views = writable_views_along(tensors, {dims, batches});
     const std::vector<const bool*> flags = checked_flags(keep, views);
     StepsByDevice steps;
     for (size_t i = 0; i < views.size(); ++i) {
@@ -160,11 +189,12 @@ class Ops {
     run(steps);
   }
 
-  static void prune_channels_(Tensors scores, Tensors weights, std::vector<int64_t> dims, double p,
-                              std::vector<int64_t> counts, std::vector<double> fractions) {
+  static void prune_channels_(Tensors scores, Tensors weights, Integers dims, double p,
+                              Integers counts, std::vector<double> fractions, Integers batches) {
     check_amounts(scores.size(), counts, fractions);
-    const std::vector<View> views = views_along(scores, dims);
-    const std::vector<View> targets = writable_views_along(weights, dims);
+    const Along along{dims, batches};
+    const std::vector<View> views = views_along(scores, along);
+    const std::vector<View> targets = writable_views_along(weights, along);
     for (size_t i = 0; i < targets.size(); ++i) {
       STD_TORCH_CHECK(same_values(scores[i].sizes(), weights[i].sizes()),
                       "lnprune: expected a weight of the shape of its scores");
@@ -179,16 +209,34 @@ class Ops {
 
  private:
   using ScalarType = torch::headeronly::ScalarType;
+
+  // Where the channels of each tensor are.
+  struct Along {
+    const Integers& dims;
+    const Integers& batches;
+
+    void check(size_t tensors) const {
+      STD_TORCH_CHECK(dims.size() == tensors, "lnprune: expected one dim per tensor, got ",
+                      dims.size(), " for ", tensors);
+      STD_TORCH_CHECK(batches.empty() || batches.size() == 2 * tensors,
+                      "lnprune: expected no batches or a dim and a count per tensor, got ",
+                      batches.size(), " numbers for ", tensors);
+    }
+    Batch batch(size_t i) const {
+      return batches.empty() ? Batch{0, 1} : Batch{batches[2 * i], batches[2 * i + 1]};
+    }
+  };
+
   // One number per channel: the norms, or the sums before the root.
-  static Tensors ranked(const Tensors& tensors, const std::vector<int64_t>& dims, double p,
-                        bool rooted) {
-    const std::vector<View> views = views_along(tensors, dims);
+  static Tensors ranked(const Tensors& tensors, const Along& along, double p, bool rooted) {
+    const std::vector<View> views = views_along(tensors, along);
     const NormOrder order = checked_order(p);
     Tensors results;
     results.reserve(views.size());
     StepsByDevice steps;
     for (const View& view : views) {
-      results.push_back(new_vector(view.slices.channels, aoti_torch_dtype_float64(), view.device));
+      results.push_back(
+          new_vector(view.slices.all_channels(), aoti_torch_dtype_float64(), view.device));
       Steps& here = steps[view.device];
       here.order = order;
       here.rooted = rooted;
@@ -206,6 +254,7 @@ class Ops {
     ElementType type;
     Slices slices;
     int32_t device;
+    int64_t rankings;  // each of as many channels
   };
 
   // The scratch memory of one device: the norms of all channels, where masks are counted their
@@ -249,8 +298,8 @@ class Ops {
     Tensors weights;
 
     Writing(const std::vector<View>& views, const Tensors& masks, const Tensors& originals,
-            const std::vector<int64_t>& dims)
-        : mask_views(view_masks(masks, views, dims)),
+            const Along& along)
+        : mask_views(view_masks(masks, views, along)),
           layouts(masks.empty() ? views : mask_views),
           originals(originals) {
       const size_t count = layouts.size();
@@ -287,15 +336,16 @@ class Ops {
     std::vector<const bool*> keep;
 
     Choice(const std::vector<View>& views, const std::vector<View>& mask_views, NormOrder order,
-           const std::vector<int64_t>& counts, const std::vector<double>& fractions) {
+           const Integers& counts, const std::vector<double>& fractions) {
       std::map<int32_t, int64_t> channels;
-      for (const View& view : views) channels[view.device] += view.slices.channels;
+      for (const View& view : views) channels[view.device] += view.slices.all_channels();
       for (const auto& [device, count] : channels) {
         rooms.try_emplace(device, device, count, !mask_views.empty());
       }
       for (size_t i = 0; i < views.size(); ++i) {
-        const auto& [tensor, type, slices, device] = views[i];
-        const auto place = rooms.at(device).take(slices.channels);
+        const auto& [tensor, type, slices, device, rankings] = views[i];
+        const int64_t all = slices.all_channels();
+        const auto place = rooms.at(device).take(all);
         Steps& here = steps[device];
         here.order = order;
         here.scores.push_back({tensor.const_data_ptr(), type, slices, place.norms});
@@ -304,12 +354,30 @@ class Ops {
           here.masks.push_back(
               {mask.tensor.const_data_ptr(), mask.type, mask.slices, place.mask_counts});
         }
-        here.selections.push_back(
-            {place.norms, place.mask_counts, slices.channels, counts[i], fractions[i], place.keep});
+        here.selections.push_back({place.norms, place.mask_counts, rankings, all / rankings,
+                                   counts[i], fractions[i], place.keep});
         keep.push_back(place.keep);
       }
     }
   };
+
+  // The rankings of an item, those with the same amount that follow one another as one.
+  static void add_selections(std::vector<SelectItem>& selections, const SelectItem& item,
+                             const int64_t* counts, const double* fractions) {
+    for (int64_t first = 0; first < item.rankings;) {
+      int64_t end = first + 1;
+      while (end < item.rankings && counts[end] == counts[first] &&
+             fractions[end] == fractions[first]) {
+        ++end;
+      }
+      SelectItem part = ranking_of(item, first);
+      part.rankings = end - first;
+      part.count = counts[first];
+      part.fraction = fractions[first];
+      selections.push_back(part);
+      first = end;
+    }
+  }
 
   static ZeroItem zero_item(const View& view, const bool* keep) {
     return {keep, view.tensor.mutable_data_ptr(), view.type, view.slices};
@@ -321,11 +389,11 @@ class Ops {
                     views.size(), " tensors, got ", keep.size());
     std::vector<const bool*> flags;
     for (size_t i = 0; i < keep.size(); ++i) {
-      STD_TORCH_CHECK(keep[i].scalar_type() == ScalarType::Bool && keep[i].dim() == 1 &&
-                          keep[i].is_contiguous() && keep[i].numel() == views[i].slices.channels,
-                      "lnprune: expected ", views[i].slices.channels,
-                      " contiguous bool keep flags, got ", keep[i].numel(), " of ",
-                      torch::headeronly::toString(keep[i].scalar_type()));
+      STD_TORCH_CHECK(
+          keep[i].scalar_type() == ScalarType::Bool && keep[i].dim() == 1 &&
+              keep[i].is_contiguous() && keep[i].numel() == views[i].slices.all_channels(),
+          "lnprune: expected ", views[i].slices.all_channels(), " contiguous bool keep flags, got ",
+          keep[i].numel(), " of ", torch::headeronly::toString(keep[i].scalar_type()));
       check_device(keep[i], views[i].device, "keep flags");
       flags.push_back(static_cast<const bool*>(keep[i].const_data_ptr()));
     }
@@ -394,11 +462,18 @@ class Ops {
     return tensor;
   }
 
-  static View view_along(Tensor tensor, int64_t dim, bool in_place = false) {
+  static View view_along(Tensor tensor, int64_t dim, Batch batch, bool in_place = false) {
     const auto sizes = tensor.sizes();
     const int64_t dims = static_cast<int64_t>(sizes.size());
     STD_TORCH_CHECK(dim >= -dims && dim < dims, "lnprune: expected a dim in [", -dims, ", ", dims,
                     "), got ", dim);
+    STD_TORCH_CHECK(batch.dim >= -dims && batch.dim < dims, "lnprune: expected a batch dim in [",
+                    -dims, ", ", dims, "), got ", batch.dim);
+    if (dim < 0) dim += dims;
+    if (batch.dim < 0) batch.dim += dims;
+    STD_TORCH_CHECK(batch.size > 0 && sizes[batch.dim] % batch.size == 0,
+                    "lnprune: expected a batch that divides the ", sizes[batch.dim],
+                    " indices of its dim, got ", batch.size);
     const ElementType type = element_type(tensor);
     const int32_t device = device_of(tensor);
     if (!is_dense(sizes.data(), tensor.strides().data(), dims)) {
@@ -406,29 +481,29 @@ class Ops {
                       "lnprune: expected a tensor without gaps or overlaps to write in place");
       tensor = torch::stable::clone(tensor);
     }
-    const Slices slices = make_slices(tensor.sizes().data(), tensor.strides().data(), dims,
-                                      dim < 0 ? dim + dims : dim);
-    STD_TORCH_CHECK(slices.elements() > 0, "lnprune: expected a tensor with elements, got none");
-    return {std::move(tensor), type, slices, device};
+    STD_TORCH_CHECK(tensor.numel() > 0, "lnprune: expected a tensor with elements, got none");
+    const Slices slices =
+        make_slices(tensor.sizes().data(), tensor.strides().data(), dims, dim, batch);
+    STD_TORCH_CHECK(slices.batch > 0,
+                    "lnprune: expected the batch outside of all other dims in memory");
+    return {std::move(tensor), type, slices, device, batch.size};
   }
 
-  static std::vector<View> views_along(const Tensors& tensors, const std::vector<int64_t>& dims,
+  static std::vector<View> views_along(const Tensors& tensors, const Along& along,
                                        bool in_place = false) {
-    STD_TORCH_CHECK(tensors.size() == dims.size(), "lnprune: expected one dim per tensor, got ",
-                    dims.size(), " for ", tensors.size());
+    along.check(tensors.size());
     std::vector<View> views;
     views.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      views.push_back(view_along(tensors[i], dims[i], in_place));
+      views.push_back(view_along(tensors[i], along.dims[i], along.batch(i), in_place));
     }
     return views;
   }
 
   // Views of tensors that are written in place. A copy-on-write tensor, which shares its memory
   // until it is written, gets memory of its own here. So no pointer may be taken before this call.
-  static std::vector<View> writable_views_along(const Tensors& tensors,
-                                                const std::vector<int64_t>& dims) {
-    std::vector<View> views = views_along(tensors, dims, true);
+  static std::vector<View> writable_views_along(const Tensors& tensors, const Along& along) {
+    std::vector<View> views = views_along(tensors, along, true);
     std::vector<void*> blocks;
     blocks.reserve(views.size());
     for (const View& view : views) blocks.push_back(view.tensor.mutable_data_ptr());
@@ -441,7 +516,7 @@ class Ops {
   }
 
   static std::vector<View> view_masks(const Tensors& masks, const std::vector<View>& scores,
-                                      const std::vector<int64_t>& dims) {
+                                      const Along& along) {
     STD_TORCH_CHECK(masks.empty() || masks.size() == scores.size(),
                     "lnprune: expected no masks or one per tensor, got ", masks.size());
     std::vector<View> views;
@@ -452,7 +527,8 @@ class Ops {
                       "lnprune: expected a mask of the shape and dtype of the scores");
       check_device(masks[i], scores[i].device, "the mask");
       // A repeated mask is contiguous whatever the layout of the one before.
-      views.push_back(view_along(torch::stable::contiguous(masks[i]), dims[i]));
+      views.push_back(
+          view_along(torch::stable::contiguous(masks[i]), along.dims[i], along.batch(i)));
     }
     return views;
   }
@@ -472,7 +548,7 @@ class Ops {
     return norm_order(p);
   }
 
-  static void check_amounts(size_t tensors, const std::vector<int64_t>& counts,
+  static void check_amounts(size_t tensors, const Integers& counts,
                             const std::vector<double>& fractions) {
     STD_TORCH_CHECK(counts.size() == tensors && fractions.size() == tensors,
                     "lnprune: expected one count and one fraction per tensor, got ", counts.size(),

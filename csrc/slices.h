@@ -1,6 +1,9 @@
-// The view of a dense tensor along one dim as [outer, channels, inner] in memory order.
+// The view of a dense tensor along one dim as [batch, outer, channels, inner] in memory order.
 //
 // The words for its parts, here, in the kernels and in docs/:
+//   matrix  all that one index of `batch` holds: a tensor of its own, with channels and a ranking
+//   of
+//           its own. Where nobody asks for a batch, there is one matrix: [outer, channels, inner].
 //   row     all that one index of `outer` holds: channels * inner elements side by side.
 //   run     the `inner` elements of one channel in one row, side by side too. A channel is `outer`
 //           runs. Where runs are long, the rank step sums along them.
@@ -21,18 +24,30 @@
 
 #include <cstdint>
 
+#include "lp_norm.h"
+
 namespace lnprune {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Slices {
+  int64_t batch;
   int64_t outer;
   int64_t channels;
   int64_t inner;
 
   int64_t row() const { return channels * inner; }
-  int64_t elements() const { return outer * channels * inner; }
+  LNPRUNE_FUNCTION int64_t matrix() const { return outer * channels * inner; }
+  int64_t elements() const { return batch * matrix(); }
+  // Of all matrices: so many norms and flags there are, those of a matrix side by side.
+  int64_t all_channels() const { return batch * channels; }
 };
+
+// The same elements and channels in fewer matrices: matrices of one row each are a row together.
+inline Slices folded(const Slices& slices) {
+  if (slices.outer > 1) return slices;
+  return {1, 1, slices.all_channels(), slices.inner};
+}
 
 // True where the elements fill one block of memory without gaps or overlaps, in any order of the
 // dims.
@@ -56,7 +71,7 @@ inline bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dims)
 // Requires is_dense. In a dense tensor the dims with smaller strides than dim's are its inner
 // block.
 inline Slices make_slices(const int64_t* sizes, const int64_t* strides, int64_t dims, int64_t dim) {
-  Slices slices{1, sizes[dim], 1};
+  Slices slices{1, 1, sizes[dim], 1};
   for (int64_t d = 0; d < dims; ++d) {
     if (d == dim || sizes[d] == 1) continue;
     // A dim of one channel can have any stride: all others are its inner block.
@@ -64,6 +79,40 @@ inline Slices make_slices(const int64_t* sizes, const int64_t* strides, int64_t 
     (is_outer ? slices.outer : slices.inner) *= sizes[d];
   }
   return slices;
+}
+
+// A dim that counts as two: so many matrices, and what is left of it within each.
+struct Batch {
+  int64_t dim;
+  int64_t size;
+};
+
+// The view with a batch, whose matrices may have more dims around them than there is room for: then
+// its batch is 0. Where the channels of a matrix follow right behind those of the one before, in
+// each of several rows, they are one matrix with all of these channels.
+inline Slices make_slices(const int64_t* sizes, const int64_t* strides, int64_t dims, int64_t dim,
+                          Batch batch) {
+  if (batch.size == 1) return make_slices(sizes, strides, dims, dim);
+  constexpr Slices kNone{0, 0, 0, 0};
+  const int64_t rest = sizes[batch.dim] / batch.size;
+  const int64_t batch_stride = strides[batch.dim] * rest;
+  const bool is_split = dim == batch.dim;
+  const int64_t channels = is_split ? rest : sizes[dim];
+  // One channel lies wherever the batch does.
+  const int64_t stride = channels > 1 ? strides[dim] : batch_stride;
+  if (stride > batch_stride) return kNone;
+  int64_t before = 1;
+  int64_t between = 1;
+  int64_t inner = 1;
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t size = d == batch.dim ? rest : sizes[d];
+    if (size == 1 || d == dim) continue;
+    int64_t& part = strides[d] > batch_stride ? before : strides[d] > stride ? between : inner;
+    part *= size;
+  }
+  if (before == 1) return {batch.size, between, channels, inner};
+  if (between > 1) return kNone;
+  return {1, before, batch.size * channels, inner};
 }
 
 }  // namespace lnprune

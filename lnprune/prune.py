@@ -261,7 +261,7 @@ def channel_mask(tensor: Tensor, amount: Amount, n: Order, dim: int) -> Tensor:
         with Agreement([tensor]) as agreement:
             _checked_count(tensor, amount, dim)
             agreement.confirm("channel_mask", n, dim, amount, tensor)
-    return keep_flags(tensor, n, dim, _checked_count(tensor, amount, dim))
+    return keep_flags(tensor, n, dim, [_checked_count(tensor, amount, dim)])
 
 
 def _checked_count(tensor: Tensor, amount: Amount, dim: int) -> int:

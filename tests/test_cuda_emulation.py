@@ -282,6 +282,24 @@ def check_long_list_of_strips(native: Any) -> None:
     check_prune(native, tensors, masks, dims, 1.0, *amounts)
 
 
+def check_batches(native: Any) -> None:
+    """Matrices of several strips and chunks, of rows and of columns, where vectors fit and where not."""
+    for shape, dim in (((3, 6, 1029), 1), ((4, 300, 66), 2), ((5, 7, 33), 2), ((2, 3, 4500), 2)):
+        values = torch.randint(-9, 10, shape).to(torch.float32)
+        channels, batches = shape[dim], [0, shape[0]]
+        [norms] = native.channel_norms([values], [dim], 1.0, batches)
+        rows = norms.view(shape[0], channels)
+        assert torch.equal(rows, values.abs().double().sum(dim=3 - dim)), "other norms"
+        keep = torch.tensor([cases.brute_force_keep(row.tolist(), channels // 2) for row in rows])
+        amounts = [channels // 2], [0.0], batches
+        [mask], _ = native.prune_channels([values], [], [values], [dim], 1.0, *amounts)
+        assert torch.equal(mask.amax(dim=3 - dim) != 0, keep), "another choice"
+        zeros = values + 100
+        native.zero_channels_([zeros], [keep.flatten()], [dim], batches)
+        assert torch.equal(zeros.amax(dim=3 - dim) != 0, keep), "other elements are zero"
+        assert torch.equal(zeros, (values + 100) * keep.unsqueeze(3 - dim)), "other elements are zero"
+
+
 def check_traffic(native: Any) -> None:
     """What is moved to rank and to prune a convolution."""
     assert_little_traffic(native.module, LAYOUTS["convolution_3x3_narrow_dim_1"], torch.float32)
@@ -306,6 +324,7 @@ CHECKS = [
     check_zeroing,
     check_long_list,
     check_long_list_of_strips,
+    check_batches,
     check_traffic,
     check_traffic_in_place,
 ]
@@ -386,13 +405,13 @@ BUGS = {
     "ticket_drawn_before_the_partials_are_stored": Bug(
         "ticket",
         "norms.cu",
-        "  if (first_of_team) put(task, memory, norm, chunk, channel, total);\n\n"
+        "  if (first_of_team) put(task, matrix, norm, chunk, channel, total);\n\n"
         "  if (task.chunks == 1) return true;\n"
-        "  unsigned* ticket = memory.tickets + task.first_ticket + strip;\n"
+        "  unsigned* ticket = matrix.tickets + strip;\n"
         "  if (!draws_last(ticket, task.chunks, shared_last)) return false;\n",
-        "  unsigned* ticket = memory.tickets + task.first_ticket + strip;\n"
+        "  unsigned* ticket = matrix.tickets + strip;\n"
         "  const bool last = task.chunks > 1 && draws_last(ticket, task.chunks, shared_last);\n"
-        "  if (first_of_team) put(task, memory, norm, chunk, channel, total);\n"
+        "  if (first_of_team) put(task, matrix, norm, chunk, channel, total);\n"
         "  if (task.chunks == 1 || !last) return task.chunks == 1;\n",
         check_runs,
     ),
@@ -433,7 +452,7 @@ BUGS = {
     "selection_without_a_ticket_of_its_own": Bug(
         "hand-over to the selection",
         "launches.cpp",
-        "    if (strips > 1) ++tickets_;\n",
+        "    if (strips > 1) tickets_ += item.rankings;\n",
         "",
         check_pruning,
     ),
@@ -750,6 +769,51 @@ BUGS = {
         "      if (i + u < count) loaded[u] = load_vector",
         check_traffic,
         "'rank', {",
+    ),
+    "selection_ticket_of_the_first_matrix": Bug(
+        "matrices of a batch",
+        "norms.cu",
+        "memory.tickets + task.selection_ticket + number;",
+        "memory.tickets + task.selection_ticket;",
+        check_batches,
+    ),
+    "partials_of_the_first_matrix": Bug(
+        "matrices of a batch",
+        "norms.cu",
+        "memory.partials + task.first_partial + matrix * task.chunks * task.channels",
+        "memory.partials + task.first_partial",
+        check_batches,
+    ),
+    "tickets_of_the_first_matrix": Bug(
+        "matrices of a batch",
+        "norms.cu",
+        "memory.tickets + task.first_ticket + matrix * task.strips",
+        "memory.tickets + task.first_ticket",
+        check_batches,
+    ),
+    "flags_of_the_first_matrix": Bug(
+        "matrices of a batch",
+        "masks.cu",
+        "const ZeroItem item = matrix_of(task.item, place.matrix);",
+        "ZeroItem item = matrix_of(task.item, place.matrix);\n  item.keep = task.item.keep;",
+        check_batches,
+        "other elements are zero",
+    ),
+    "matrices_that_begin_within_a_vector": Bug(
+        "alignment",
+        "launches.cpp",
+        "(slices.batch == 1 || slices.matrix() % vector == 0)",
+        "true",
+        check_batches,
+        f"{MISALIGNED} load",
+    ),
+    "zeros_of_matrices_that_begin_within_a_vector": Bug(
+        "alignment",
+        "launches.cpp",
+        "  return slices.batch == 1 || slices.matrix() * element_bytes(type) % 16 == 0;\n",
+        "  return true;\n",
+        check_batches,
+        MISALIGNED,
     ),
     "tickets_not_set_to_zero": Bug(
         "memory not cleared",
@@ -1220,6 +1284,29 @@ def test_launches_of_a_list_are_as_predicted(length, dtype, module):
     in_place = launches(lambda: OPS.prune_channels_(weights, weights, dims, 2.0, *amounts))
     assert in_place == prune_launches(channels, in_place=True)
     assert length > 100 or first == in_place == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES_BY_SIZE, ids=str)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_batch_moves_what_its_matrices_move_in_as_many_launches_as_one_of_them(dim, dtype, module):
+    shape = (16, 128, 96)
+    values, batches = cases.random_values(shape, dtype), [0, shape[0]]
+    channels = shape[0] * shape[dim]
+    weight = values.numel() * values.element_size()
+    rank = traffic(module, lambda: OPS.channel_norms([values], [dim], 2.0, batches))
+    assert rank["launches"] == 1
+    assert rank["bytes_read"] == weight
+    assert rank["bytes_written"] == 8 * channels
+    arguments = [dim], 2.0, [-1], [0.5], batches
+    prune = traffic(module, lambda: OPS.prune_channels([values], [], [values], *arguments))
+    assert prune["launches"] == 2
+    assert prune["bytes_read"] == 2 * weight + 8 * channels
+    assert prune["bytes_written"] == 2 * weight + 9 * channels
+    keep = torch.cat([cases.random_keep(shape[dim]) for _ in range(shape[0])])
+    zero = traffic(module, lambda: OPS.zero_channels_([values], [keep], [dim], batches))
+    assert zero["launches"] == 1
+    assert zero["bytes_read"] == 0
+    assert zero["bytes_written"] == int((~keep).sum()) * (weight // channels)
 
 
 def test_one_launch_zeroes_all_tensors_whose_elements_are_of_a_size(module):

@@ -81,7 +81,7 @@ void look_at_columns(const RankItem& mask, int64_t row, int64_t rows, int64_t ch
   }
 }
 
-// How one mask is shared: channels that are runs one by one, columns in parts.
+// How each matrix of a mask is shared: channels that are runs one by one, columns in parts.
 struct Parts {
   bool runs;
   int64_t rows_per_part;
@@ -120,18 +120,21 @@ void look_at_part(const RankItem& mask, const Parts& parts, int64_t part) {
 }  // namespace
 
 void find_alive(const RankItem* masks, size_t count, const Threads& threads) {
+  std::vector<RankItem> views(masks, masks + count);
   std::vector<Parts> parts(count);
   std::vector<int64_t> ends(count);
   int64_t tasks = 0;
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) {
-    parts[i] = make_parts(masks[i].slices);
-    ends[i] = tasks += parts[i].count;
-    elements += masks[i].slices.elements();
-    std::fill_n(masks[i].norms, masks[i].slices.channels, 0.0);
+    const Slices& slices = views[i].slices = folded(masks[i].slices);
+    parts[i] = make_parts(slices);
+    ends[i] = tasks += slices.batch * parts[i].count;
+    elements += slices.elements();
+    std::fill_n(masks[i].norms, slices.all_channels(), 0.0);
   }
-  share_tasks(ends, elements, kPartElements, threads, [&](size_t i, int64_t part) {
-    const RankItem& mask = masks[i];
+  share_tasks(ends, elements, kPartElements, threads, [&](size_t i, int64_t task) {
+    const RankItem mask = matrix_of(views[i], task / parts[i].count);
+    const int64_t part = task % parts[i].count;
     switch (element_bytes(mask.type)) {
       case 8: return look_at_part<uint64_t>(mask, parts[i], part);
       case 4: return look_at_part<uint32_t>(mask, parts[i], part);

@@ -23,8 +23,8 @@ int64_t tile_elements(int64_t elements, int64_t most, int64_t threads) {
   return std::min(task_elements(elements, kThreadElements, threads), most);
 }
 
-// How one item is cut into tiles, ranges of rows and of columns. A task is one tile. Where channels
-// are runs, the tensor counts as one row.
+// How each matrix of an item is cut into tiles, ranges of rows and of columns. A task is one tile.
+// Where channels are runs, the tensor counts as one row.
 struct Tiles {
   bool runs;
   int64_t rows;
@@ -40,7 +40,7 @@ Tiles make_tiles(const Slices& slices, int64_t elements_per_tile) {
   tiles.runs = slices.inner >= kShortestRun;
   if (tiles.runs) {
     tiles.rows = 1;
-    tiles.columns = slices.elements();
+    tiles.columns = slices.matrix();
     tiles.columns_per_tile = elements_per_tile;
     tiles.rows_per_tile = 1;
   } else {
@@ -53,6 +53,12 @@ Tiles make_tiles(const Slices& slices, int64_t elements_per_tile) {
   tiles.strips = divide_up(tiles.columns, tiles.columns_per_tile);
   tiles.count = tiles.strips * divide_up(tiles.rows, tiles.rows_per_tile);
   return tiles;
+}
+
+// The tiles of a call on one tensor.
+int64_t write_tiles(const Slices& slices, int64_t most, int64_t threads) {
+  const Slices view = folded(slices);
+  return view.batch * make_tiles(view, tile_elements(view.elements(), most, threads)).count;
 }
 
 // Rows of consecutive whole channels that lie as columns; `element` is the first.
@@ -70,6 +76,7 @@ template <class Item, class PastCaches, class OnColumns, class OnRuns>
 void visit(const Item* items, size_t count, int64_t most_tile_elements, const Threads& threads,
            PastCaches non_temporal, OnColumns on_columns, OnRuns on_runs) {
   struct Cut {
+    Item item;
     Tiles tiles;
     bool non_temporal;
   };
@@ -80,12 +87,15 @@ void visit(const Item* items, size_t count, int64_t most_tile_elements, const Th
   for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
   const int64_t elements_per_tile = tile_elements(elements, most_tile_elements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    cuts[i] = {make_tiles(items[i].slices, elements_per_tile), non_temporal(items[i])};
-    ends[i] = tasks += cuts[i].tiles.count;
+    cuts[i] = {items[i], {}, non_temporal(items[i])};
+    const Slices& slices = cuts[i].item.slices = folded(items[i].slices);
+    cuts[i].tiles = make_tiles(slices, elements_per_tile);
+    ends[i] = tasks += slices.batch * cuts[i].tiles.count;
   }
-  share_tasks(ends, elements, kThreadElements, threads, [&](size_t i, int64_t tile) {
-    const Item& item = items[i];
-    const auto& [tiles, past_caches] = cuts[i];
+  share_tasks(ends, elements, kThreadElements, threads, [&](size_t i, int64_t task) {
+    const auto& [view, tiles, past_caches] = cuts[i];
+    const Item item = matrix_of(view, task / tiles.count);
+    const int64_t tile = task % tiles.count;
     const int64_t row = tile / tiles.strips * tiles.rows_per_tile;
     const int64_t column = tile % tiles.strips * tiles.columns_per_tile;
     const int64_t columns = std::min(tiles.columns_per_tile, tiles.columns - column);
@@ -215,11 +225,11 @@ void zero(const ZeroItem* items, size_t count, const Threads& threads) {
 }
 
 int64_t write_tasks(const Slices& slices, int64_t threads) {
-  return make_tiles(slices, tile_elements(slices.elements(), kTileElements, threads)).count;
+  return write_tiles(slices, kTileElements, threads);
 }
 
 int64_t zero_tasks(const Slices& slices, int64_t threads) {
-  return make_tiles(slices, tile_elements(slices.elements(), kZeroTileElements, threads)).count;
+  return write_tiles(slices, kZeroTileElements, threads);
 }
 
 }  // namespace lnprune::cpu

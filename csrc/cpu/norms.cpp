@@ -27,8 +27,8 @@ constexpr int64_t kThreadElements = 65536;
 // A strip has at least about this many columns: a cache line of float32.
 constexpr int64_t kFewestColumns = 16;
 
-// How one item is cut into chunks, outer_chunks * run_chunks of them, and these into strips. A task
-// is one strip of one chunk.
+// How each matrix of an item is cut into chunks, outer_chunks * run_chunks of them, and these into
+// strips. A task is one strip of one chunk.
 //
 // Where rows are narrow, `groups` of them lie side by side as columns of their own: column
 // g * row + j takes place j of every groups-th row, from row g on. There a strip is a range of
@@ -43,11 +43,12 @@ struct Chunks {
   int64_t places;  // columns or channels of a chunk, each with a partial
   int64_t places_per_strip;
   int64_t strips;
-  int64_t first_partial;
+  int64_t first_partial;  // of the first matrix
 
   bool narrow() const { return groups > 1; }
   int64_t count() const { return outer_chunks * run_chunks; }
-  int64_t tasks() const { return count() * strips; }
+  int64_t tasks() const { return count() * strips; }  // of a matrix, as the partials
+  int64_t partials() const { return count() * places; }
 };
 
 // `task_elements` is what a task should have, so that there are enough for all threads.
@@ -104,7 +105,7 @@ void reduce_narrow(const RankItem& item, const Chunks& chunks, int64_t row, int6
   }
 }
 
-// One task of one item.
+// One task of one matrix, whose partials these are.
 void reduce_strip(const RankItem& item, const Chunks& chunks, int64_t task, NormOrder order,
                   uint64_t* partials) {
   const int64_t strip = task % chunks.strips;
@@ -113,7 +114,7 @@ void reduce_strip(const RankItem& item, const Chunks& chunks, int64_t task, Norm
   const int64_t run = chunk % chunks.run_chunks * chunks.run_per_chunk;
   const int64_t place = strip * chunks.places_per_strip;
   const int64_t places = std::min(chunks.places_per_strip, chunks.places - place);
-  partials += chunks.first_partial + chunk * chunks.places + place;
+  partials += chunk * chunks.places + place;
   const auto reduce =
       instructions().reduce[static_cast<int>(item.type)][static_cast<int>(order.kind)];
   if (chunks.narrow()) {
@@ -134,35 +135,47 @@ void reduce_strip(const RankItem& item, const Chunks& chunks, int64_t task, Norm
 
 void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
           const Threads& threads) {
+  std::vector<RankItem> views(items, items + count);
   std::vector<Chunks> chunks(count);
   std::vector<int64_t> ends(count);
+  std::vector<int64_t> ends_of_matrices(count);
   int64_t tasks = 0;
+  int64_t matrices = 0;
   int64_t partials = 0;
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
   const int64_t elements_per_task = task_elements(elements, kThreadElements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    chunks[i] = make_chunks(items[i].slices, elements_per_task);
+    const Slices& slices = views[i].slices = folded(items[i].slices);
+    chunks[i] = make_chunks(slices, elements_per_task);
     chunks[i].first_partial = partials;
-    ends[i] = tasks += chunks[i].tasks();
-    partials += chunks[i].count() * chunks[i].places;
+    ends[i] = tasks += slices.batch * chunks[i].tasks();
+    ends_of_matrices[i] = matrices += slices.batch;
+    partials += slices.batch * chunks[i].partials();
   }
   const std::unique_ptr<uint64_t[]> storage(new uint64_t[partials]);
+  const auto partials_of = [&](size_t i, int64_t matrix) {
+    return storage.get() + chunks[i].first_partial + matrix * chunks[i].partials();
+  };
   share_tasks(ends, elements, kThreadElements, threads, [&](size_t i, int64_t task) {
-    reduce_strip(items[i], chunks[i], task, order, storage.get());
+    const int64_t matrix = task / chunks[i].tasks();
+    reduce_strip(matrix_of(views[i], matrix), chunks[i], task % chunks[i].tasks(), order,
+                 partials_of(i, matrix));
   });
-  share_items(count, partials >= kThreadElements, threads, [&](int64_t i) {
-    const RankItem& item = items[i];
+  share_tasks(ends_of_matrices, partials, kThreadElements, threads, [&](size_t i, int64_t matrix) {
+    const RankItem item = matrix_of(views[i], matrix);
     const Chunks& cut = chunks[i];
-    const Partials folded{storage.get() + cut.first_partial, cut.count(), cut.groups,
-                          item.slices.channels, cut.narrow() ? item.slices.inner : 1};
+    const Partials folded{partials_of(i, matrix), cut.count(), cut.groups, item.slices.channels,
+                          cut.narrow() ? item.slices.inner : 1};
     instructions().finish[static_cast<int>(item.type)][static_cast<int>(order.kind)](
         folded, order.p, rooted, item.norms);
   });
 }
 
 int64_t rank_tasks(const Slices& slices, int64_t threads) {
-  return make_chunks(slices, task_elements(slices.elements(), kThreadElements, threads)).tasks();
+  const Slices view = folded(slices);
+  const int64_t elements = task_elements(view.elements(), kThreadElements, threads);
+  return view.batch * make_chunks(view, elements).tasks();
 }
 
 void root(const RootItem* items, size_t count, NormOrder order, const Threads& threads) {

@@ -66,10 +66,16 @@ void select_one(const SelectItem& item) {
 }  // namespace
 
 void select(const SelectItem* items, size_t count, const Threads& threads) {
+  std::vector<int64_t> ends(count);
+  int64_t rankings = 0;
   int64_t channels = 0;
-  for (size_t i = 0; i < count; ++i) channels += items[i].channels;
+  for (size_t i = 0; i < count; ++i) {
+    ends[i] = rankings += items[i].rankings;
+    channels += items[i].rankings * items[i].channels;
+  }
   // Some thousand channels take less time than a thread may take to wake on a busy machine.
-  share_items(count, channels >= 32768, threads, [items](int64_t i) { select_one(items[i]); });
+  share_tasks(ends, channels, 32768, threads,
+              [items](size_t i, int64_t ranking) { select_one(ranking_of(items[i], ranking)); });
 }
 
 }  // namespace lnprune::cpu

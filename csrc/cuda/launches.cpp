@@ -50,7 +50,7 @@ void cut_runs(RankTask& task, const Slices& slices, int64_t bytes) {
   RunCut& cut = task.run_cut;
   const int64_t vector = vector_length(bytes);
   const bool whole_vectors = slices.inner % vector == 0;
-  const bool has_one_run = slices.outer * slices.channels == 1;
+  const bool has_one_run = slices.batch * slices.outer * slices.channels == 1;
   cut.rows = slices.outer;
   cut.row_elements = slices.row();
   cut.run_per_chunk = static_cast<int>(std::min(slices.inner, kRunChunk));
@@ -82,7 +82,7 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
   }
   cut.row_elements = merged * row;
   cut.rows = divide_up(slices.outer, merged);
-  cut.elements = slices.elements();
+  cut.elements = slices.matrix();
   const bool few_rows = cut.rows < kFewRows;
   // Strips of whole channels and whole vectors.
   const int64_t strip_vectors = few_rows ? kThreads : kStripVectors;
@@ -110,23 +110,26 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
                                                               fewest, kMostChunkGrowth * fewest));
   task.chunks = static_cast<int>(divide_up(cut.rows, cut.rows_per_chunk));
   task.aligned = is_aligned(task.elements, vector * bytes) && cut.row_elements % vector == 0 &&
-                 (task.strips == 1 || cut.columns_per_strip % vector == 0);
+                 (task.strips == 1 || cut.columns_per_strip % vector == 0) &&
+                 (slices.batch == 1 || slices.matrix() % vector == 0);
 }
 
-RankTask make_task(const RankItem& item, bool counts, bool rooted) {
+RankTask make_task(const RankItem& item, const Slices& slices, bool counts, bool rooted) {
   RankTask task{};
   const int64_t bytes = element_bytes(item.type);
   task.type = item.type;
   task.elements = item.elements;
   task.norms = item.norms;
-  task.channels = item.slices.channels;
-  task.inner = item.slices.inner;
+  task.batch = static_cast<int>(slices.batch);
+  task.matrix = slices.matrix();
+  task.channels = slices.channels;
+  task.inner = slices.inner;
   task.counts = counts;
   task.rooted = rooted;
   // Uneven runs that fit a block are columns too.
-  task.runs = item.slices.inner >=
-              (is_uneven(item.slices, bytes) ? kThreads * vector_length(bytes) : kShortestRun);
-  (task.runs ? cut_runs : cut_columns)(task, item.slices, bytes);
+  task.runs =
+      slices.inner >= (is_uneven(slices, bytes) ? kThreads * vector_length(bytes) : kShortestRun);
+  (task.runs ? cut_runs : cut_columns)(task, slices, bytes);
   return task;
 }
 
@@ -134,15 +137,21 @@ template <class Item>
 TileTask<Item> make_tiles(const Item& item) {
   TileTask<Item> task{};
   task.item = item;
-  task.elements = item.slices.elements();
+  task.item.slices = folded(item.slices);
+  task.elements = task.item.slices.matrix();
   task.tiles = divide_up(task.elements, tile_elements(item.type));
   return task;
+}
+
+// Whether all matrices begin where vectors of 16 bytes can.
+bool has_vectors(const Slices& slices, ElementType type) {
+  return slices.batch == 1 || slices.matrix() * element_bytes(type) % 16 == 0;
 }
 
 WriteTask make_task(const WriteItem& item) {
   WriteTask task = make_tiles(item);
   task.vectors = is_aligned(item.mask) && is_aligned(item.original) && is_aligned(item.new_mask) &&
-                 is_aligned(item.weight);
+                 is_aligned(item.weight) && has_vectors(task.item.slices, item.type);
   return task;
 }
 
@@ -153,6 +162,7 @@ ZeroTask make_task(const ZeroItem& item) {
   const int64_t length = 16 / element_bytes(item.type);
   const int64_t inner = item.slices.inner;
   task.vectors = is_aligned(item.elements) && (inner % length == 0 || inner >= 2 * length * length);
+  task.vectors = task.vectors && has_vectors(task.item.slices, item.type);
   return task;
 }
 
@@ -184,7 +194,14 @@ bool is_of_rank(const Steps& steps, size_t i) {
   const bool scored = i < steps.scores.size() && steps.scores[i].norms == item.norms;
   const bool counted = item.mask_counts == nullptr ||
                        (i < steps.masks.size() && steps.masks[i].norms == item.mask_counts);
-  return scored && counted && item.channels <= kMostChannelsOfRank;
+  if (!scored || !counted) return false;
+  // Each ranking has to be a matrix of its own.
+  const auto is_apart = [&](const RankItem& ranked) {
+    return ranked.slices.batch == item.rankings;
+  };
+  const bool apart =
+      is_apart(steps.scores[i]) && (item.mask_counts == nullptr || is_apart(steps.masks[i]));
+  return apart && item.channels <= kMostChannelsOfRank;
 }
 
 // launch(batch) for each batch, up to the first that fails.
@@ -198,22 +215,30 @@ cudaError_t run_batches(const std::vector<Batch<Task>>& batches, Launch launch) 
 }  // namespace
 
 Launches::Launches(const Steps& steps) : order_(steps.order) {
+  std::vector<bool> selects(steps.selections.size());
+  for (size_t i = 0; i < selects.size(); ++i) selects[i] = is_of_rank(steps, i);
   std::vector<RankTask> tasks;
-  for (const RankItem& item : steps.scores) tasks.push_back(make_task(item, false, steps.rooted));
-  for (const RankItem& item : steps.masks) tasks.push_back(make_task(item, true, steps.rooted));
+  for (const auto* items : {&steps.scores, &steps.masks}) {
+    for (size_t i = 0; i < items->size(); ++i) {
+      const RankItem& item = (*items)[i];
+      const bool is_apart = i < selects.size() && selects[i];
+      tasks.push_back(make_task(item, is_apart ? item.slices : folded(item.slices),
+                                items == &steps.masks, steps.rooted));
+    }
+  }
   for (RankTask& task : tasks) {
     if (task.chunks == 1) continue;
     task.first_ticket = static_cast<unsigned>(tickets_);
     task.first_partial = static_cast<int64_t>(partials_);
-    tickets_ += task.strips;
-    partials_ += task.chunks * task.channels;
+    tickets_ += static_cast<size_t>(task.batch) * task.strips;
+    partials_ += task.batch * task.chunks * task.channels;
   }
   for (size_t i = 0; i < steps.selections.size(); ++i) {
     const SelectItem& item = steps.selections[i];
-    if (!is_of_rank(steps, i)) {
+    if (!selects[i]) {
+      const int64_t tiles = select_tiles(item);
       // Norms are all of one type.
-      add(selections_, ElementType::float64, SelectTask{item},
-          std::max<int64_t>(1, divide_up(item.channels, kSelectTile)));
+      add(selections_, ElementType::float64, SelectTask{item}, item.rankings * tiles);
       continue;
     }
     std::vector<RankTask*> parts{&tasks[i]};
@@ -225,22 +250,22 @@ Launches::Launches(const Steps& steps) : order_(steps.order) {
       part->selection_ticket = static_cast<unsigned>(tickets_);
       part->selection_strips = strips;
     }
-    if (strips > 1) ++tickets_;
+    if (strips > 1) tickets_ += item.rankings;
   }
   for (const RankTask& task : tasks) {
     add(ranks_, is_float8(task.type) ? ElementType::float8_e4m3fn : task.type, task,
-        int64_t{task.chunks} * task.strips);
+        int64_t{task.batch} * task.chunks * task.strips);
   }
   for (const RootItem& item : steps.sums) {
     add(roots_, ElementType::float64, RootTask{item}, divide_up(item.channels, kThreads));
   }
   for (const WriteItem& item : steps.writes) {
     const WriteTask task = make_task(item);
-    add(writes_, item.type, task, task.tiles);
+    add(writes_, item.type, task, task.item.slices.batch * task.tiles);
   }
   for (const ZeroItem& item : steps.zeros) {
     const ZeroTask task = make_task(item);
-    add(zeros_, type_of_size(item.type), task, task.tiles);
+    add(zeros_, type_of_size(item.type), task, task.item.slices.batch * task.tiles);
   }
 }
 

@@ -60,15 +60,17 @@ struct ColumnCut {
   int columns_per_strip;
 };
 
-// One tensor to rank. It is cut into chunks of rows, and its channels into strips; a block reduces
-// one strip of one chunk. How it is cut follows from shape and dtype alone, so that the order of
-// every sum does too.
+// One tensor to rank. Each of its matrices is cut into chunks of rows, and its channels into
+// strips; a block reduces one strip of one chunk. How a matrix is cut follows from its shape and
+// dtype alone, so that the order of every sum does too.
 struct RankTask {
   const void* elements;
   double* norms;
-  int64_t first_partial;  // of [chunks][channels], where there is more than one chunk
-  unsigned first_ticket;  // of [strips], where there is more than one chunk
-  int64_t channels;
+  int64_t first_partial;  // of [batch][chunks][channels], where there is more than one chunk
+  unsigned first_ticket;  // of [batch][strips], where there is more than one chunk
+  int batch;              // matrices
+  int64_t matrix;         // elements of each
+  int64_t channels;       // of a matrix, as all that follows
   int64_t inner;
   int chunks;
   int strips;
@@ -76,10 +78,10 @@ struct RankTask {
     RunCut run_cut;
     ColumnCut column_cut;
   };
-  // Where the last block to rank the tensor, or its mask, selects as well; null flags elsewhere.
+  // Where the last block to rank a matrix, or its mask, selects as well; null flags elsewhere.
   SelectItem selection;
-  unsigned selection_ticket;
-  int selection_strips;  // of the tensor and its mask
+  unsigned selection_ticket;  // of [batch]
+  int selection_strips;       // of a matrix and its mask
   ElementType type;
   bool runs;     // which of the two it is
   bool aligned;  // rows begin where vectors can; changes no order
@@ -98,16 +100,21 @@ struct RootTask {
   RootItem item;
 };
 
-// One ranking to cut.
+// Rankings to cut. A block writes the flags of one tile of one of them.
 struct SelectTask {
   SelectItem item;
 };
 
-// One tensor to write or to zero, cut into tiles. A block takes one of them.
+// Of one ranking.
+LNPRUNE_FUNCTION int64_t select_tiles(const SelectItem& item) {
+  return item.channels > kSelectTile ? (item.channels - 1) / kSelectTile + 1 : 1;
+}
+
+// One tensor to write or to zero, each of its matrices cut into tiles. A block takes one of them.
 template <class Item>
 struct TileTask {
   Item item;
-  int64_t elements;
+  int64_t elements;  // of a matrix, as the tiles
   int64_t tiles;
   bool vectors;  // threads take whole vectors, not single elements side by side
 };

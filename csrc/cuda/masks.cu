@@ -81,11 +81,25 @@ struct Range {
   int64_t end;
 };
 
-// The elements of a block. Backwards: what the rank step read last is likely still in the cache.
+// What a block works on: a tile of a matrix. Backwards: what the rank step read last is likely
+// still in the cache.
+struct Tile {
+  int64_t matrix;
+  int64_t tile;
+
+  template <class Item>
+  __device__ __forceinline__ Tile(const TileTask<Item>& task, int64_t block) {
+    const int64_t left = task.item.slices.batch * task.tiles - 1 - block;
+    matrix = left / task.tiles;
+    tile = left - matrix * task.tiles;
+  }
+};
+
+// The elements of a tile.
 template <class T, class Item>
-__device__ __forceinline__ Range tile_of_block(const TileTask<Item>& task, int64_t block) {
+__device__ __forceinline__ Range range_of(const TileTask<Item>& task, const Tile& place) {
   constexpr int64_t kTile = kThreads * kVectorsPerThread * kLength<T>;
-  const int64_t begin = (task.tiles - 1 - block) * kTile;
+  const int64_t begin = place.tile * kTile;
   return {begin, begin + kTile < task.elements ? begin + kTile : task.elements};
 }
 
@@ -219,14 +233,16 @@ template <class T, class Index>
 __device__ __forceinline__ void write_tile_of(const WriteTask& task, const T* products,
                                               int64_t block) {
   constexpr int L = kLength<T>;
-  const auto [begin, end] = tile_of_block<T>(task, block);
+  const Tile place(task, block);
+  const WriteItem item = matrix_of(task.item, place.matrix);
+  const auto [begin, end] = range_of<T>(task, place);
   const int thread = static_cast<int>(threadIdx.x);
   int64_t written = begin;
   if (task.vectors) {
     written = begin + (end - begin) / L * L;
-    write_vectors<T, Index>(task.item, products, begin + thread * L, written);
+    write_vectors<T, Index>(item, products, begin + thread * L, written);
   }
-  write_elements<T, Index>(task.item, products, written + thread, end, kThreads);
+  write_elements<T, Index>(item, products, written + thread, end, kThreads);
 }
 
 // At least so many blocks on a multiprocessor, which caps the registers.
@@ -315,14 +331,16 @@ __device__ __forceinline__ void zero_vectors(const ZeroItem& item, int64_t begin
 template <class Word, class Index>
 __device__ __forceinline__ void zero_tile_of(const ZeroTask& task, int64_t block) {
   constexpr int L = kLength<Word>;
-  const auto [begin, end] = tile_of_block<Word>(task, block);
+  const Tile place(task, block);
+  const ZeroItem item = matrix_of(task.item, place.matrix);
+  const auto [begin, end] = range_of<Word>(task, place);
   const int thread = static_cast<int>(threadIdx.x);
   int64_t zeroed = begin;
   if (task.vectors) {
     zeroed = begin + (end - begin) / L * L;
-    zero_vectors<Word, Index>(task.item, begin + thread * L, zeroed);
+    zero_vectors<Word, Index>(item, begin + thread * L, zeroed);
   }
-  if (zeroed < end) zero_elements<Word, Index>(task.item, zeroed + thread, end);
+  if (zeroed < end) zero_elements<Word, Index>(item, zeroed + thread, end);
 }
 
 // Reads flags alone, and touches no element that stays.

@@ -127,6 +127,20 @@ __device__ __forceinline__ typename Norm::Partial fold_team(const Norm& norm,
   return value;
 }
 
+// What a block has of the matrix that it works on.
+struct Matrix {
+  const void* elements;
+  double* norms;
+  uint64_t* partials;  // of [chunks][channels], where there is more than one chunk
+  unsigned* tickets;   // of [strips], where there is more than one chunk
+
+  __device__ __forceinline__ Matrix(const RankTask& task, const RankMemory& memory, int64_t matrix)
+      : elements(moved_by(task.elements, matrix * task.matrix, task.type)),
+        norms(task.norms + matrix * task.channels),
+        partials(memory.partials + task.first_partial + matrix * task.chunks * task.channels),
+        tickets(memory.tickets + task.first_ticket + matrix * task.strips) {}
+};
+
 // What is asked for of a channel: its norm, or the sum before the root.
 template <class Norm>
 __device__ __forceinline__ double result_of(const RankTask& task, const Norm& norm,
@@ -137,14 +151,14 @@ __device__ __forceinline__ double result_of(const RankTask& task, const Norm& no
 
 // A chunk's partial, or, where that is all there is, the result.
 template <class Norm>
-__device__ __forceinline__ void put(const RankTask& task, const RankMemory& memory,
-                                    const Norm& norm, int64_t chunk, int64_t channel,
+__device__ __forceinline__ void put(const RankTask& task, const Matrix& matrix, const Norm& norm,
+                                    int64_t chunk, int64_t channel,
                                     typename Norm::Partial partial) {
   if (task.chunks == 1) {
-    store(task.norms + channel, result_of(task, norm, partial));
+    store(matrix.norms + channel, result_of(task, norm, partial));
   } else {
-    auto* partials = reinterpret_cast<typename Norm::Partial*>(memory.partials);
-    store(partials + task.first_partial + chunk * task.channels + channel, partial);
+    auto* partials = reinterpret_cast<typename Norm::Partial*>(matrix.partials);
+    store(partials + chunk * task.channels + channel, partial);
   }
 }
 
@@ -166,10 +180,10 @@ __device__ __forceinline__ bool draws_last(unsigned* ticket, int tickets, int* s
 
 template <class Norm>
 __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& task,
-                                                             const RankMemory& memory,
-                                                             int64_t chunk, int64_t channel) {
-  const auto* partials = reinterpret_cast<const typename Norm::Partial*>(memory.partials);
-  return load_from_other_blocks(partials + task.first_partial + chunk * task.channels + channel);
+                                                             const Matrix& matrix, int64_t chunk,
+                                                             int64_t channel) {
+  const auto* partials = reinterpret_cast<const typename Norm::Partial*>(matrix.partials);
+  return load_from_other_blocks(partials + chunk * task.channels + channel);
 }
 
 // The ways to rank return whether this block has finished its strip, to which the norms or sums of
@@ -182,7 +196,7 @@ __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& tas
 // are taken element by element, and what belongs to one slot of one lane lies `shift` slots further
 // on. That is put right when all is added, so that the sums are those of a run without a shift.
 template <class Norm, class T>
-__device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory& memory,
+__device__ __forceinline__ bool rank_runs(const RankTask& task, const Matrix& matrix,
                                           const Norm& norm, int64_t strip, int64_t chunk,
                                           const float* values, typename Norm::Partial* shared,
                                           int* shared_last) {
@@ -203,7 +217,7 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory
     const int64_t first_row = chunk / cut.run_chunks * cut.rows_per_chunk;
     const int64_t end_row = smaller(first_row + cut.rows_per_chunk, cut.rows);
     int64_t row = first_row + thread % team / cut.lanes;
-    const T* run = static_cast<const T*>(task.elements) + row * cut.row_elements +
+    const T* run = static_cast<const T*>(matrix.elements) + row * cut.row_elements +
                    channel * task.inner + begin;
     // The same in every row: all rows of a chunk begin alike.
     shift = static_cast<int>(reinterpret_cast<uintptr_t>(run) % kVectorBytes<T> / sizeof(T));
@@ -244,26 +258,26 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory
   }
   const Partial total = fold_team(norm, partials[0], team, shared);
   const bool first_of_team = thread % team == 0 && channel < task.channels;
-  if (first_of_team) put(task, memory, norm, chunk, channel, total);
+  if (first_of_team) put(task, matrix, norm, chunk, channel, total);
 
   if (task.chunks == 1) return true;
-  unsigned* ticket = memory.tickets + task.first_ticket + strip;
+  unsigned* ticket = matrix.tickets + strip;
   if (!draws_last(ticket, task.chunks, shared_last)) return false;
   Partial sum = norm.partial(norm.identity());
   if (channel < task.channels) {
 #pragma unroll 1
     for (int64_t c = thread % team; c < task.chunks; c += team) {
-      sum = norm.combine(sum, partial_of<Norm>(task, memory, c, channel));
+      sum = norm.combine(sum, partial_of<Norm>(task, matrix, c, channel));
     }
   }
   sum = fold_team(norm, sum, team, shared);
-  if (first_of_team) store(task.norms + channel, result_of(task, norm, sum));
+  if (first_of_team) store(matrix.norms + channel, result_of(task, norm, sum));
   return true;
 }
 
 // Channels are columns: lanes own vectors of columns, groups of lanes own rows.
 template <class Norm, class T>
-__device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMemory& memory,
+__device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix& matrix,
                                              const Norm& norm, int64_t strip, int64_t chunk,
                                              const float* values, typename Norm::Partial* shared,
                                              int* shared_last) {
@@ -289,7 +303,7 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
     const int64_t end_row = smaller((chunk + 1) * cut.rows_per_chunk, full_rows);
     int64_t row = chunk * cut.rows_per_chunk + group;
     const T* elements =
-        static_cast<const T*>(task.elements) + row * cut.row_elements + first_column + column;
+        static_cast<const T*>(matrix.elements) + row * cut.row_elements + first_column + column;
     const int64_t stride = cut.groups * cut.row_elements;
     if (task.aligned && row < end_row) {
       const int rows = static_cast<int>((end_row - row + cut.groups - 1) / cut.groups);
@@ -339,11 +353,11 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
         sum = norm.combine(sum, shared[i % L * kThreads + i / L]);
       }
     }
-    put(task, memory, norm, chunk, first_channel + c, sum);
+    put(task, matrix, norm, chunk, first_channel + c, sum);
   }
 
   if (task.chunks == 1) return true;
-  unsigned* ticket = memory.tickets + task.first_ticket + strip;
+  unsigned* ticket = matrix.tickets + strip;
   if (!draws_last(ticket, task.chunks, shared_last)) return false;
   // From the width of a full strip, so that the last strip folds in the same order.
   const int width = cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;
@@ -356,7 +370,7 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
     if (helper < helpers && c < channels) {
 #pragma unroll 1
       for (int64_t k = helper; k < task.chunks; k += helpers) {
-        sum = norm.combine(sum, partial_of<Norm>(task, memory, k, first_channel + c));
+        sum = norm.combine(sum, partial_of<Norm>(task, matrix, k, first_channel + c));
       }
     }
     __syncthreads();
@@ -365,14 +379,14 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
     if (helper == 0 && c < channels) {
 #pragma unroll 1
       for (int h = 1; h < helpers; ++h) sum = norm.combine(sum, shared[h * width + thread]);
-      store(task.norms + first_channel + c, result_of(task, norm, sum));
+      store(matrix.norms + first_channel + c, result_of(task, norm, sum));
     }
   }
   return true;
 }
 
 template <class Norm, class T>
-__device__ __forceinline__ bool rank_block(const RankTask& task, const RankMemory& memory, double p,
+__device__ __forceinline__ bool rank_block(const RankTask& task, const Matrix& matrix, double p,
                                            int64_t block, const float* values, uint64_t* shared,
                                            int* shared_last) {
   static_assert(sizeof(typename Norm::Partial) == 8, "partials lie 8 bytes apart");
@@ -381,9 +395,9 @@ __device__ __forceinline__ bool rank_block(const RankTask& task, const RankMemor
   const int64_t chunk = block / task.strips;
   auto* partials = reinterpret_cast<typename Norm::Partial*>(shared);
   if (task.runs) {
-    return rank_runs<Norm, T>(task, memory, norm, strip, chunk, values, partials, shared_last);
+    return rank_runs<Norm, T>(task, matrix, norm, strip, chunk, values, partials, shared_last);
   } else {
-    return rank_columns<Norm, T>(task, memory, norm, strip, chunk, values, partials, shared_last);
+    return rank_columns<Norm, T>(task, matrix, norm, strip, chunk, values, partials, shared_last);
   }
 }
 
@@ -409,20 +423,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
     values[threadIdx.x] = float8_value(task.type, threadIdx.x);
     __syncthreads();
   }
+  const int64_t blocks = int64_t{task.chunks} * task.strips;  // of a matrix
+  const int64_t number = place.block / blocks;
+  const int64_t block = place.block - number * blocks;
+  const Matrix matrix(task, memory, number);
   bool finished = false;
   if (std::is_same_v<Norm<Real>, NonzeroCount<Real>> || task.counts) {
-    finished = rank_block<NonzeroCount<Real>, T>(task, memory, 0, place.block, values, shared,
-                                                 shared_last);
+    finished =
+        rank_block<NonzeroCount<Real>, T>(task, matrix, 0, block, values, shared, shared_last);
   } else {
-    finished = rank_block<Norm<Real>, T>(task, memory, p, place.block, values, shared, shared_last);
+    finished = rank_block<Norm<Real>, T>(task, matrix, p, block, values, shared, shared_last);
   }
   if (!finished || task.selection.keep == nullptr) return;
-  unsigned* ticket = memory.tickets + task.selection_ticket;
+  unsigned* ticket = memory.tickets + task.selection_ticket + number;
   if (!draws_last(ticket, task.selection_strips, shared_last)) return;
   static_assert(Select::kBuckets * sizeof(unsigned) <= kThreads * kLength<T> * sizeof(uint64_t),
                 "the histogram takes the place of the partials");
   auto* buckets = reinterpret_cast<unsigned*>(shared);
-  Select{task.selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
+  const SelectItem selection = ranking_of(task.selection, number);
+  Select{selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
 }
 
 template <template <class> class Norm, class Table>

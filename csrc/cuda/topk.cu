@@ -15,7 +15,10 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(LNPRUNE_PARAMETE
   LNPRUNE_SHARED(RankingKey, survivors, Block::kSurvivors);
   LNPRUNE_SHARED(Block::Shared, shared, 1);
   const Place place = place_of_block(table, blockIdx.x);
-  Block{table.tasks[place.task].item, buckets, survivors, shared}.write_flags_of(place.block);
+  const SelectTask& task = table.tasks[place.task];
+  const int64_t tiles = select_tiles(task.item);
+  const SelectItem item = ranking_of(task.item, place.block / tiles);
+  Block{item, buckets, survivors, shared}.write_flags_of(place.block % tiles);
 }
 
 }  // namespace

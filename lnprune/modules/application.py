@@ -21,6 +21,7 @@ from lnprune.modules.registration import ParameterState, Part, Pruning, Target, 
 from lnprune.modules.sharded import check_is_sharded, check_takes_mask, kept_by_fsdp, parameters_at
 from lnprune.modules.transaction import Transaction
 from lnprune.steps import in_place, masks
+from lnprune.steps.batches import Batch
 from lnprune.steps.flags import Request
 from lnprune.steps.local import held_here
 from lnprune.steps.sharding import Agreement
@@ -28,6 +29,7 @@ from lnprune.torch_internals import own_parameters
 
 __all__ = [
     "Application",
+    "Batch",
     "Part",
     "Slices",
     "Target",
@@ -44,8 +46,9 @@ class Slices(NamedTuple):
 
     weight: Weight
     dim: int
-    keep: Tensor  # bool
+    keep: Tensor  # bool; those of all matrices of a batch, one after another
     part: Part | None = None
+    batch: Batch | None = None
 
 
 def install(transaction: Transaction, targets: Iterable[Target], n: Any) -> list[Pruning]:
@@ -127,7 +130,7 @@ def prune_in_place(
     requests: dict[Any, Request] = {}
     parts: dict[int, tuple[Tensor, Part]] = {}  # by the identity of a view
     for target in targets:
-        name, module, attribute, dim, amount, keep, scores, part = target
+        name, module, attribute, dim, amount, keep, scores, part, batch = target
         parameter = own_parameters(module).get(attribute)
         held = None if parameter is None else held_here(parameter, name)
         if (
@@ -149,7 +152,8 @@ def prune_in_place(
             written = parameter.detach().narrow(*part)
             parts[id(written)] = parameter, part
         request = Request(written if scores is None else scores, written, dim, amount, keep, name)
-        key = id(parameter) if keep is None else (id(parameter), dim, part)
+        request.batch = batch
+        key = id(parameter) if keep is None else (id(parameter), dim, part, batch)
         other = requests.setdefault(key, request)
         if other is not request and keep is not None and other.keep is not None:
             # A bias that modules share is pruned by each of them.
@@ -192,7 +196,7 @@ class Application:
             self._before = [ParameterState(target.module, target.attribute) for target in targets]
             self._backups: list[Backup] = []
             self._handles: list[RemovableHandle] = []
-            asked = [(target.name, target.dim, target.keep, target.part) for target in targets]
+            asked = [(*target[:1], target.dim, target.keep, *target[-2:]) for target in targets]
             agree = functools.partial(agreement.confirm, "apply", permanent, keep_backup, asked)
             if permanent:
                 prune_in_place(transaction, targets, n, keep_backup, agree)
@@ -216,7 +220,9 @@ class Application:
             for state in self._before:
                 transaction.touch(state.module)
             for values in (backup.values for backup in self._backups):
-                transaction.note(values.tensor, values.dim, values.channels, part=values.part)
+                transaction.note(
+                    values.tensor, values.dim, values.channels, True, values.batch, part=values.part
+                )
             for backup in self._backups:
                 backup.put_back()
             for state in reversed(self._before):
@@ -248,7 +254,7 @@ class Application:
 
 def _check_hold_masks(slices: Sequence[Slices]) -> None:
     """Raises ValueError where a mask cannot say what is pruned, or no hook would renew it."""
-    for weight, _, _, part in slices:
+    for weight, _, _, part, _ in slices:
         weight.check_holds_mask()
         if part is not None:
             raise ValueError(
@@ -273,7 +279,7 @@ def _targets(slices: Sequence[Slices], bias: bool) -> list[Target]:
     """All that flags are to prune, after the checks of names, shapes and biases."""
     targets: list[Target] = []
     seen: dict[int, tuple[str, Weight, int]] = {}
-    for weight, along, keep, part in slices:
+    for weight, along, keep, part, batch in slices:
         if not weight.places:
             raise RuntimeError(
                 f"{weight.name}: the plan was made without a model: save it, and load_plan() it for one"
@@ -291,7 +297,7 @@ def _targets(slices: Sequence[Slices], bias: bool) -> list[Target]:
                         f"{name}: shares its weight with {other} now, so expected one dim for both, got "
                         f"{along} and {dim}: rank the model again"
                     )
-            targets.append(Target(name, module, attribute, along, keep=keep, part=part))
+            targets.append(Target(name, module, attribute, along, keep=keep, part=part, batch=batch))
     check_is_sharded((target.name, target.module, target.attribute) for target in targets)
     return targets + (_bias_targets(targets) if bias else [])
 
@@ -325,7 +331,8 @@ def _bias_flags(target: Target) -> Tensor | None:
     dims = known_weights(module).get(target.attribute)
     length = keep.numel() * place.repeats
     is_output = dims is None or target.dim == dims.out
-    if not is_output or target.part is not None or bias.shape != (length * place.parts,):
+    is_apart = target.part is not None or (target.batch is not None and target.batch.dim != target.dim)
+    if not is_output or is_apart or bias.shape != (length * place.parts,):
         raise ValueError(
             f"{name}: bias=True needs channels that are outputs, got {keep.numel()} channels along dim "
             f"{target.dim} of {type(module).__name__} with a bias of shape {tuple(bias.shape)}"

@@ -22,7 +22,8 @@ class Backup:
         self.counts = self._counts()
 
     def _counts(self) -> Tensor:
-        return nonzero_counts([held_here(self.values.tensor).detach()], [self.values.dim])[0]
+        values = self.values
+        return nonzero_counts(held_here(values.tensor).detach(), values.dim, values.batch)
 
     def _taken(self) -> Tensor:
         return self.values.saved != (0 if self.left is None else self.left)

@@ -50,17 +50,18 @@ class _Zeros:
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """After a step of the optimizer."""
-        tensors, flags, dims = [], [], []
+        tensors, flags, dims, batches = [], [], [], []
         seen = set()
         for i, (target, parameter) in enumerate(zip(self._targets, self.parameters(), strict=True)):
-            place = id(parameter), target.dim, target.part, id(target.keep)
+            place = id(parameter), target.dim, target.part, target.batch, id(target.keep)
             if place in seen:  # modules that share it
                 continue
             seen.add(place)
             tensors.append(parameter if target.part is None else parameter.detach().narrow(*target.part))
             flags.append(self._flags_of(i, target, tensors[-1]))
             dims.append(target.dim)
-        write_zeros(tensors, flags, dims)
+            batches.append(target.batch)
+        write_zeros(tensors, flags, dims, batches)
 
     def _flags_of(self, i: int, target: Target, tensor: Tensor) -> Tensor:
         held = held_here(tensor)
@@ -68,6 +69,6 @@ class _Zeros:
         known = self._flags.get(i)
         if known is None or known[0] != layout:
             assert target.keep is not None
-            flags = flags_here(tensor, target.dim, target.keep).to(held.device)
+            flags = flags_here(tensor, target.dim, target.keep, target.batch).to(held.device)
             known = self._flags[i] = layout, flags
         return known[1]

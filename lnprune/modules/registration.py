@@ -12,6 +12,7 @@ from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune.modules.finding import parameter_of
 from lnprune.modules.parameters import check_not_parametrized
+from lnprune.steps.batches import Batch
 from lnprune.steps.bits import bits
 from lnprune.steps.flags import Request
 from lnprune.steps.local import held_here
@@ -27,6 +28,7 @@ from lnprune.torch_internals import (
     registrations_are_watched,
     set_pruned_name,
     set_pruning_methods,
+    validate_pruning_amount_init,
 )
 
 
@@ -114,6 +116,7 @@ class Target(NamedTuple):
     keep: Tensor | None = None  # bool flags; targets of one weight with the same flags share a mask
     scores: Tensor | None = None  # None: the weight is ranked
     part: Part | None = None  # None: all of the weight; no mask can be of less
+    batch: Batch | None = None  # of matrices with channels and a ranking of their own
 
 
 class Pruning:
@@ -123,15 +126,19 @@ class Pruning:
 
     def __init__(self, target: Target, n: Any):
         """The first half of ``BasePruningMethod.apply``: its steps, and so its errors, in its order."""
-        name, module, attribute, dim, amount, keep, importance_scores, _ = target
+        name, module, attribute, dim, amount, keep, importance_scores, _, batch = target
         self.module, self.attribute = module, attribute
         if torch.is_inference_mode_enabled():
             check_not_in_inference_mode(parameter_of(module, attribute))
         old = _detach_hook(module, attribute)
-        if keep is None:
-            new: Any = StockLnStructured(amount, n, dim)
-        elif _is_vector(module, attribute):  # a bias, which has no structure to prune
-            new = stock.CustomFromMask(keep)
+        if batch is not None or (keep is not None and _is_vector(module, attribute)):
+            # No LnStructured can prune matrices apart, or a bias, which has no structure to prune.
+            for amount_of_one in amount if isinstance(amount, tuple) else (amount,):
+                if keep is None:
+                    validate_pruning_amount_init(amount_of_one)
+            new: Any = stock.CustomFromMask(keep)
+        elif keep is None:
+            new = StockLnStructured(amount, n, dim)
         else:
             new = StockLnStructured(int(keep.numel() - keep.sum()), n, dim)
         set_pruned_name(new, attribute)
@@ -154,6 +161,7 @@ class Pruning:
         self.is_free = old is None and _is_free(module, attribute)
         if old is None:
             self.request = Request(scores, current, dim, amount, keep, name)
+            self.request.batch = batch
             if self.is_free and type(current) is nn.Parameter and current.grad_fn is None:
                 parameters[attribute + "_orig"] = current
             else:
@@ -165,6 +173,7 @@ class Pruning:
         ranked = scores if keep is None else original
         self.request = request = Request(ranked, original, dim, amount, keep, name)
         request.old_mask = getattr(module, attribute + "_mask")
+        request.batch = batch
         # A user's container combines masks its own way.
         if keep is None and type(self.method) is not stock.PruningContainer:
             request.container = self.method

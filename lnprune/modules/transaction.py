@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import prune as stock
 
 from lnprune.modules.parameters import check_is_eager
+from lnprune.steps.batches import Batch, put, taken
 from lnprune.steps.bits import bits
 from lnprune.steps.local import held_here
 from lnprune.torch_internals import own_registries, pruning_methods, set_pruning_methods
@@ -93,10 +94,11 @@ class Values:
         dim: int,
         channels: Tensor | None = None,
         copied: bool = True,
+        batch: Batch | None = None,  # of the channels that are here
         part: tuple[int, int, int] | None = None,  # the arguments of narrow(); None: all of it
     ):
         self.tensor, self.dim, self.channels = tensor, dim, channels
-        self.copied, self.part = copied, part
+        self.copied, self.batch, self.part = copied, batch, part
         self.data = held_here(tensor).data  # the memory of the values
         self.saved = self.now()
         if channels is None and copied:
@@ -111,7 +113,7 @@ class Values:
         whole = self._whole()
         if self.channels is None:
             return whole
-        return whole.index_select(self.dim, self.channels.to(whole.device))
+        return taken(whole, self.dim, self.batch, self.channels)
 
     def write(self, values: Tensor) -> None:
         """Overwrites them with other bits, of the dtype that the tensor has now."""
@@ -119,7 +121,7 @@ class Values:
         if self.channels is None:
             whole.copy_(values)
         else:
-            whole.index_copy_(self.dim, self.channels.to(whole.device), values)
+            put(whole, self.dim, self.batch, self.channels, values)
         increment_version(self.tensor)
 
     def restore(self) -> None:

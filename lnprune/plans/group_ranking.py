@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lnprune.modules.application import Weight
+from lnprune.modules.application import Batch, Weight
 from lnprune.plans.rows import Member, Row
+from lnprune.steps.batches import rankings_of
 from lnprune.steps.norms import native_order
 from lnprune.steps.sharding import Group
 
@@ -28,11 +30,22 @@ class _Told(NamedTuple):
 
     order: str
     names: list[list[str]]
-    shapes: list[tuple[int, ...]]
+    shapes: list[tuple[int, ...]]  # of weights, or what stands for several
     dims: list[int]
+    batches: list[Batch | None]
     norms: list[Tensor]
     mask_counts: dict[int, Tensor]
     element_counts: dict[int, Tensor]
+
+
+def _told_of(row: Row) -> tuple[tuple[int, ...], int, Batch | None]:
+    """A shape, a dim and a batch by which the other ranks know a row."""
+    member = row.members[0]
+    if row.is_single:
+        return member.shape, member.dim, member.batch
+    if member.batch is None:
+        return row.shape, 0, None
+    return (row.rankings, *row.shape), 1, Batch(0, row.rankings)
 
 
 def together(measured: Found, n: Any, group: Group) -> tuple[Found, range]:
@@ -48,9 +61,10 @@ def together(measured: Found, n: Any, group: Group) -> tuple[Found, range]:
     told = group.exchange(
         _Told(
             repr(n if p is None else p),
-            [row.names for row in measured.rows],
-            [row.shape for row in measured.rows],
-            [row.dim for row in measured.rows],
+            [row.known_as for row in measured.rows],
+            [_told_of(row)[0] for row in measured.rows],
+            [_told_of(row)[1] for row in measured.rows],
+            [_told_of(row)[2] for row in measured.rows],
             [norms.cpu() for norms in measured.norms],
             {i: counts.cpu() for i, counts in measured.mask_counts.items()},
             {i: counts.cpu() for i, counts in measured.element_counts.items()},
@@ -72,8 +86,12 @@ def together(measured: Found, n: Any, group: Group) -> tuple[Found, range]:
             old = None if mine is None else mine.rows[i].members[0].weight
             weight = Weight(names, each.shapes[i], () if old is None else old.places)
             weight.reader = None if old is None else old.reader
-            channels = each.norms[i].numel()
-            whole.rows.append(Row(names[0], channels, [Member(weight, each.dims[i])]))
+            batch = each.batches[i]
+            channels = each.norms[i].numel() // rankings_of(batch)
+            row = Row(names[0], channels, [Member(weight, each.dims[i], batch=batch)])
+            if mine is not None and not mine.rows[i].is_single:
+                row = replace(mine.rows[i], name=names[0])
+            whole.rows.append(row)
             whole.norms.append(each.norms[i] if mine is None else mine.norms[i])
         for counts, found in (
             (whole.mask_counts, each.mask_counts),

@@ -117,15 +117,20 @@ class Ranking:
     @property
     def names(self) -> list[str]:
         """The names of the parameters, in order."""
-        return [row.name for row in self._rows]
+        return [known[0] for row in self._rows for known in row.names]
 
     @property
     def norms(self) -> dict[str, Tensor]:
         """The float64 norms of each parameter's channels, shape ``(channels,)``, on its device."""
-        return dict(zip(self.names, self._norms, strict=True))
+        norms = [
+            each
+            for row, norms in zip(self._rows, self._norms, strict=True)
+            for each in (norms,) * (row.rankings == 1) or norms.view(row.rankings, -1)
+        ]
+        return dict(zip(self.names, norms, strict=True))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(row.rankings for row in self._rows)
 
     def __repr__(self) -> str:
         channels = sum(norms.numel() for norms in self._norms)
@@ -136,7 +141,6 @@ class Ranking:
         for row, each in zip(self._rows, self._norms, strict=True):
             _check_has_values(row, each)
         channels = [norms.numel() for norms in self._norms]
-        sizes = [row.size for row in self._rows]
         norms = on_cpu(self._norms, torch.float64)
         unmasked = None
         if self._mask_counts:
@@ -150,8 +154,8 @@ class Ranking:
         nonzero = elements != 0
         return Layers(
             self.names,
-            channels,
-            sizes,
+            [row.channels for row in self._rows for _ in range(row.rankings)],
+            [size for row in self._rows for size in [row.size] * row.rankings],
             norms,
             unmasked,
             None if nonzero.all() else nonzero,
@@ -240,18 +244,18 @@ class Ranking:
             arrangement = Arrangement(self._layers, key[0], group_size, multiple_of, min_channels)
             self._arrangements[key] = arrangement
         if scope == "local":
-            flags = arrangement.select_local(per_name(amount, self.names, "amount"), of)
+            flags = arrangement.select_local(per_name(amount, self._layers.names, "amount"), of)
         elif isinstance(amount, Mapping):
             raise TypeError("amount: expected one number for scope='global', got one per parameter")
         else:
             flags = arrangement.select_global(amount, of)
         selection = {"amount": amount, **options}
-        keep = flags.split(self._layers.channels)
+        keep = flags.split([row.rankings * row.channels for row in self._rows])
         return Plan(
             self.n,
             selection,
-            self.names,
-            keep,
+            self._layers.names,
+            flags.split(self._layers.channels),
             functools.partial(_details, self._rows, arrangement, flags, selection),
             functools.partial(
                 flags_of_weights, [self._rows[i] for i in self._here], [keep[i] for i in self._here]
@@ -274,7 +278,7 @@ def _slices(rows: Sequence[Row], keep: Sequence[Tensor]) -> _Slices:
     groups = []
     for row, flags in zip(rows, keep, strict=True):
         members = []
-        for weight, dim, kept, part in flags_of_weights([row], [flags]):
+        for weight, dim, kept, part, _ in flags_of_weights([row], [flags]):
             pruned = (~kept).nonzero().flatten().tolist()
             bounds = None if part is None else (part.dim, part.start, part.length)
             members.append(SavedMember(weight.names, weight.shape, dim, pruned, bounds))
@@ -290,11 +294,14 @@ def _details(
     keep = flags.split(arrangement.layers.channels)
     kept = [int(each[::size].sum()) for each in keep]
     ranked = list(zip(arrangement.ranked(), kept, strict=True))
-    entries = [_entry(row, *each, size) for row, each in zip(rows, ranked, strict=True)]
+    names = [known for row in rows for known in row.names]
+    owners = [row for row in rows for _ in range(row.rankings)]
+    entries = [
+        _entry(known[0], row, *each, size) for known, row, each in zip(names, owners, ranked, strict=True)
+    ]
     parameters = arrangement.layers.parameters
     if parameters is not None:
         entries = _counted_once(entries, arrangement, parameters, keep)
-    names = [row.names for row in rows]
     cut = arrangement.cut(flags) if selection["scope"] == "global" else None
     return Details(
         entries, names, cut, ranked, None if parameters is None else arrangement.all_left("parameters")
@@ -310,20 +317,24 @@ def _counted_once(
     """Entries that say what each choice removes beyond the ones before it."""
     every = arrangement.layers.channels
     gone = [channels - left for channels, left in zip(every, arrangement.left, strict=True)]
-    before, counted = sum(each.left(gone.__getitem__) for each in parameters), []
+    touched: list[list[Parameters]] = [[] for _ in entries]  # by each layer
+    for each in parameters:
+        for i in {layer for layers in each.layers.values() for layer, _ in layers}:
+            touched[i].append(each)
+    counted = []
     for i, entry in enumerate(entries):
+        before = sum(each.left(gone.__getitem__) for each in touched[i])
         gone[i] = every[i] - int(keep[i].sum())
-        after = sum(each.left(gone.__getitem__) for each in parameters)
+        after = sum(each.left(gone.__getitem__) for each in touched[i])
         counted.append(replace(entry, parameters_removed=before - after))
-        before = after
     return counted
 
 
-def _entry(row: Row, norms: Tensor, kept: int, group_size: int) -> PlanEntry:
-    """What becomes of a row when so many of its groups stay; ``norms`` are those of the groups, by rank."""
+def _entry(name: str, row: Row, norms: Tensor, kept: int, group_size: int) -> PlanEntry:
+    """What becomes of a ranking when so many of its groups stay, whose norms these are, by rank."""
     left = norms.numel()
     return PlanEntry(
-        row.name,
+        name,
         row.shape,
         row.dim,
         row.channels,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NONE: list[int] = []  # no batches, or one ranking for each tensor; nobody changes it
+
 
 def _check_devices(*lists: list[Tensor]) -> None:
     """Raises where every backend would: for meta tensors beside others the fake kernels are asked."""
@@ -17,11 +19,15 @@ def _check_devices(*lists: list[Tensor]) -> None:
 
 @torch.library.register_fake("lnprune::channel_norms")
 @torch.library.register_fake("lnprune::channel_sums")
-def _(tensors: list[Tensor], dims: list[int], p: float) -> list[Tensor]:
+def _(tensors: list[Tensor], dims: list[int], p: float, batches: list[int] = NONE) -> list[Tensor]:
     _check_devices(tensors)
+    sizes = []
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        along, count = batches[2 * i : 2 * i + 2] or (dim, 1)
+        is_split = along % tensor.dim() == dim % tensor.dim()
+        sizes.append(tensor.shape[dim] * (1 if is_split else count))
     return [
-        tensor.new_empty(tensor.shape[dim], dtype=torch.float64)
-        for tensor, dim in zip(tensors, dims, strict=True)
+        tensor.new_empty(size, dtype=torch.float64) for tensor, size in zip(tensors, sizes, strict=True)
     ]
 
 
@@ -33,7 +39,11 @@ def _(sums: list[Tensor], p: float) -> list[Tensor]:
 
 @torch.library.register_fake("lnprune::select_channels")
 def _(
-    norms: list[Tensor], mask_counts: list[Tensor], counts: list[int], fractions: list[float]
+    norms: list[Tensor],
+    mask_counts: list[Tensor],
+    counts: list[int],
+    fractions: list[float],
+    rankings: list[int] = NONE,
 ) -> list[Tensor]:
     _check_devices(norms, mask_counts)
     return [torch.empty_like(norm, dtype=torch.bool) for norm in norms]
@@ -57,6 +67,7 @@ def _(
     masks: list[Tensor],
     originals: list[Tensor],
     dims: list[int],
+    batches: list[int] = NONE,
 ) -> tuple[list[Tensor], list[Tensor]]:
     _check_devices(keep, scores, masks, originals)
     return _fake_masks(scores, masks, originals)
@@ -71,13 +82,14 @@ def _(
     p: float,
     counts: list[int],
     fractions: list[float],
+    batches: list[int] = NONE,
 ) -> tuple[list[Tensor], list[Tensor]]:
     _check_devices(scores, masks, originals)
     return _fake_masks(scores, masks, originals)
 
 
 @torch.library.register_fake("lnprune::zero_channels_")
-def _(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> None:
+def _(tensors: list[Tensor], keep: list[Tensor], dims: list[int], batches: list[int] = NONE) -> None:
     _check_devices(tensors, keep)
 
 
@@ -89,5 +101,6 @@ def _(
     p: float,
     counts: list[int],
     fractions: list[float],
+    batches: list[int] = NONE,
 ) -> None:
     _check_devices(scores, weights)

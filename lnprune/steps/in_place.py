@@ -16,16 +16,33 @@ from torch.autograd.graph import increment_version
 
 from lnprune.errors import named
 from lnprune.steps import ops, reference
+from lnprune.steps.batches import Batch, filled, is_outside, numbers, rankings_of
 from lnprune.steps.bits import bits
-from lnprune.steps.flags import Request, choose_of_shards, flags_of, keep_flags, pruned_count
+from lnprune.steps.flags import (
+    Request,
+    choose_of_shards,
+    flags_of,
+    keep_flags,
+    pruned_count,
+    pruned_counts,
+)
 from lnprune.steps.layouts import keeps_strides, may_overlap
-from lnprune.steps.local import PLAIN_TYPES, by_device, flags_here, held_here, is_distributed, values_here
+from lnprune.steps.local import (
+    PLAIN_TYPES,
+    batch_here,
+    by_device,
+    flags_here,
+    held_here,
+    is_distributed,
+    values_here,
+)
 from lnprune.steps.norms import native_order
 from lnprune.torch_internals import foreach_mul_, validate_pruning_amount_init
 
-# Called before values are overwritten: the tensor, the dim of its channels, which of them (None: all), and
-# whether to copy the values. Where not, the tensor gets new memory, and its old memory keeps them.
-Before = Callable[[Tensor, int, "Tensor | None", bool], None]
+# Called before values are overwritten: the tensor, the dim of its channels, which of them (None: all),
+# whether to copy the values, and the batch of the channels. Where not copied, the tensor gets new memory,
+# and its old memory keeps the values.
+Before = Callable[[Tensor, int, "Tensor | None", bool, "Batch | None"], None]
 
 
 def is_writable(tensor: Tensor) -> bool:
@@ -81,7 +98,7 @@ def write_in_place(
         agree()
         choose_of_shards(unranked, n)
         for row in unranked:
-            row.keep = flags_here(row.original, row.dim, row.keep)  # type: ignore[arg-type]
+            row.keep = flags_here(row.original, row.dim, row.keep, row.batch)  # type: ignore[arg-type]
     # The two backends, each with one call for all of its devices.
     lists = [[row for row in native if row.held.is_cpu is on_cpu] for on_cpu in (True, False)]
     lists = [rows for rows in lists if rows]
@@ -93,24 +110,25 @@ def write_in_place(
         devices = by_device(row.held for row in rows).values()
         flags = [keep for places in devices for keep in flags_of([rows[i] for i in places])]
         ordered = [rows[i] for places in devices for i in places]
-        zeros.append(([row.held for row in ordered], flags, [row.dim for row in ordered]))
+        batches = numbers([row.held_batch for row in ordered])
+        zeros.append(([row.held for row in ordered], flags, [row.dim for row in ordered], batches))
         writes -= 1
         if writes > 0 or keep_values:
             for row in rows:
-                before(row.original, row.dim, _pruned(row), True)
+                before(row.original, row.dim, _pruned(row), True, row.held_batch)
     for round_ in rounds[:-1] if not keep_values else ():
         for original, _ in round_:
-            before(wholes.get(id(original), original), 0, None, True)
+            before(wholes.get(id(original), original), 0, None, True, None)
     for row in plain:
-        before(row.original, row.dim, _pruned(row), True)
+        before(row.original, row.dim, _pruned(row), True, row.held_batch)
     for original, _ in made.values() if not keep_values else ():
         whole = wholes.get(id(original), original)
-        before(whole, 0, None, whole is not original)
+        before(whole, 0, None, whole is not original, None)
     if not unranked:
         agree()
 
     for row in plain:
-        bits(row.held.data).index_fill_(row.dim, _pruned(row), 0)
+        filled(bits(row.held.data), row.dim, row.held_batch, _pruned(row), 0)
         increment_version(row.held)
     for original, product in made.values():
         if id(original) in wholes:
@@ -121,9 +139,10 @@ def write_in_place(
         counts = [row.count for row in native]
         scores, tensors = [row.scores for row in native], [row.held for row in native]
         dims = [row.dim for row in native]
-        ops.prune_channels_(scores, tensors, dims, p, counts, [0.0] * len(native))  # type: ignore[arg-type]
-    for tensors, flags, dims in zeros:
-        ops.zero_channels_(tensors, flags, dims)
+        batches = numbers([row.batch for row in native])
+        ops.prune_channels_(scores, tensors, dims, p, counts, [0.0] * len(native), batches)  # type: ignore[arg-type]
+    for tensors, flags, dims, batches in zeros:
+        ops.zero_channels_(tensors, flags, dims, batches)
     with torch.no_grad():
         for round_ in rounds:
             foreach_mul_(*map(list, zip(*round_, strict=True)))
@@ -132,23 +151,29 @@ def write_in_place(
         increment_version([*sharded, *wholes.values()])
 
 
-def write_zeros(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int]) -> None:
+def write_zeros(
+    tensors: Sequence[Tensor],
+    keep: Sequence[Tensor],
+    dims: Sequence[int],
+    batches: Sequence[Batch | None],
+) -> None:
     """Writes +0.0 to the channels along each dim that are not flagged, again and again.
 
     Nothing is checked but whether native code takes a tensor. The flags are those of the channels that are
     here, on the tensors' devices.
     """
-    native: dict[bool, list[tuple[Tensor, Tensor, int]]] = {}
-    for tensor, flags, dim in zip(tensors, keep, dims, strict=True):
-        held = held_here(tensor)
-        if ops.is_native(held) and keeps_strides(held):
-            native.setdefault(held.is_cpu, []).append((held, flags, dim % held.dim()))
+    native: dict[bool, list[tuple[Tensor, Tensor, int, Batch | None]]] = {}
+    for tensor, flags, dim, batch in zip(tensors, keep, dims, batches, strict=True):
+        held, batch = held_here(tensor), batch_here(tensor, dim, batch)
+        if ops.is_native(held) and keeps_strides(held) and is_outside(held, dim, batch):
+            native.setdefault(held.is_cpu, []).append((held, flags, dim % held.dim(), batch))
         else:
-            bits(held.data).index_fill_(dim, (~flags).nonzero().flatten(), 0)
+            filled(bits(held.data), dim % held.dim(), batch, (~flags).nonzero().flatten(), 0)
             increment_version(held)
     for rows in native.values():
         rows.sort(key=lambda row: str(row[0].device))  # one call takes those of a device together
-        ops.zero_channels_(*map(list, zip(*rows, strict=True)))
+        tensors, flags_of_all, dims, found = map(list, zip(*rows, strict=True))
+        ops.zero_channels_(tensors, flags_of_all, dims, numbers(found))
     increment_version([tensor for tensor in tensors if is_distributed(tensor)])
 
 
@@ -179,6 +204,9 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
     """The requests that native code writes, and the others, each with flags or with a count to rank by."""
     for request in requests:
         request.held = held_here(request.original, request.name)
+        if request.batch is not None:
+            with named(request.name):
+                request.held_batch = batch_here(request.original, request.dim, request.batch)
     read_only = _first_read_only([request.held for request in requests])
     for request in requests if read_only is not None else ():
         if request.held is read_only:
@@ -194,19 +222,27 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
             tensor, scores = request.held, request.scores
             about.name = request.name
             is_native = ops.is_native(tensor) and keeps_strides(tensor)
+            if request.batch is not None:
+                is_native = is_native and is_outside(tensor, request.dim, request.held_batch)
             (native if is_native else plain).append(request)
             if request.keep is None:
-                if request.amount is not checked:
-                    validate_pruning_amount_init(request.amount)
-                    checked = request.amount
-                request.count = pruned_count(scores, request.amount, request.dim)
-                together = scores is tensor or ops.are_native(scores, tensor)
+                amounts = request.amount if isinstance(request.amount, tuple) else (request.amount,)
+                for amount in amounts:
+                    if amount is not checked:
+                        validate_pruning_amount_init(amount)
+                        checked = amount
+                batch = request.batch
+                request.count = pruned_count(scores, amounts[0], request.dim, batch)
+                together = scores is tensor or (
+                    ops.are_native(scores, tensor) and is_outside(scores, request.dim, batch)
+                )
                 if _is_sharded(request):
                     pass  # ranked with the others
-                elif not is_native or p is None or not together:
-                    request.keep = keep_flags(scores, n, request.dim, request.count)
+                elif not is_native or p is None or not together or len(amounts) > 1:
+                    counts = pruned_counts(scores, request.amount, request.dim, batch)
+                    request.keep = keep_flags(scores, n, request.dim, counts, batch)
             else:
-                request.keep = flags_here(request.original, request.dim, request.keep)
+                request.keep = flags_here(request.original, request.dim, request.keep, request.batch)
             request.dim %= tensor.dim()
     return native, plain
 
@@ -214,8 +250,11 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
 def _choose(rows: Sequence[Request], p: float | None) -> None:
     """Rank and select: gives native requests their flags."""
     if rows:
-        norms = ops.channel_norms([row.scores for row in rows], [row.dim for row in rows], p)  # type: ignore[arg-type]
-        flags = ops.select_channels(norms, [], [row.count for row in rows], [0.0] * len(rows))
+        batches = numbers([row.batch for row in rows])
+        norms = ops.channel_norms([row.scores for row in rows], [row.dim for row in rows], p, batches)  # type: ignore[arg-type]
+        rankings = [rankings_of(row.batch) for row in rows]
+        counts = [row.count for row, count in zip(rows, rankings, strict=True) for _ in range(count)]
+        flags = ops.select_channels(norms, [], counts, [0.0] * len(counts), rankings)
         for row, keep in zip(rows, flags, strict=True):
             row.keep = keep
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lnprune.errors import named
+from lnprune.steps.batches import Batch, channels_of, rankings_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -92,12 +93,45 @@ _channels: dict[Any, Tensor] = {}
 _MOST_CHANNELS = 64
 
 
-def channels_here(tensor: Tensor, dim: int) -> Tensor | None:
+def channels_here(tensor: Tensor, dim: int, batch: Batch | None = None) -> Tensor | None:
     """Which channels along ``dim`` :func:`held_here` holds, in their order there; None: all of them.
+
+    Those of a batch are numbered one matrix after another.
 
     Returns:
         int64 indices on the device of the values, not to be changed.
     """
+    if batch is None or batch.dim == dim % tensor.dim():
+        return _indices_here(tensor, dim)
+    rows, columns = _indices_here(tensor, batch.dim), _indices_here(tensor, dim)
+    if rows is None and columns is None:
+        return None
+    device = held_here(tensor).device
+    rows = torch.arange(batch.size, device=device) if rows is None else rows
+    columns = torch.arange(tensor.shape[dim], device=device) if columns is None else columns
+    return (rows.unsqueeze(1) * tensor.shape[dim] + columns).flatten()
+
+
+def batch_here(tensor: Tensor, dim: int, batch: Batch | None) -> Batch | None:
+    """The batch of :func:`held_here`, where a rank may hold only some of the matrices.
+
+    Raises:
+        ValueError: a rank may hold parts of matrices.
+    """
+    if batch is None or not is_distributed(tensor) or batch.dim not in sharded_dims(tensor):
+        return batch
+    if batch.dim == dim % tensor.dim():
+        return None  # channels are the indices of the dim, whatever matrices they belong to
+    if tensor.shape[batch.dim] > batch.size:
+        raise ValueError(
+            f"expected a dim of {batch.size} matrices that is not sharded, or whose indices are the "
+            f"matrices, got dim {batch.dim} of shape {tuple(tensor.shape)}, placements {tensor.placements}"
+        )
+    return Batch(batch.dim, held_here(tensor).shape[batch.dim])
+
+
+def _indices_here(tensor: Tensor, dim: int) -> Tensor | None:
+    """Which indices of a dim are here, in their order; None: all of them."""
     dim %= tensor.dim()
     if not is_distributed(tensor) or dim not in sharded_dims(tensor):
         return None
@@ -132,12 +166,12 @@ def channels_here(tensor: Tensor, dim: int) -> Tensor | None:
     return _channels[key]
 
 
-def flags_here(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
+def flags_here(tensor: Tensor, dim: int, keep: Tensor, batch: Batch | None = None) -> Tensor:
     """The flags of those channels along ``dim`` that :func:`held_here` holds."""
-    channels = tensor.shape[dim]
+    channels = rankings_of(batch) * channels_of(tensor.shape, dim, batch)
     if keep.numel() != channels:
         raise ValueError(f"expected {channels} keep flags, one for each channel, got {keep.numel()}")
-    here = channels_here(tensor, dim)
+    here = channels_here(tensor, dim, batch)
     return keep if here is None else keep[here.to(keep.device)]
 
 

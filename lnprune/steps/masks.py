@@ -17,7 +17,23 @@ from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune.errors import named
 from lnprune.steps import ops, reference
-from lnprune.steps.flags import Request, choose_of_shards, flags_of, keep_flags, pruned_count
+from lnprune.steps.batches import (
+    Batch,
+    dim_in_matrix,
+    is_outside,
+    matrices,
+    numbers,
+    rankings_of,
+)
+from lnprune.steps.flags import (
+    Request,
+    choose_of_shards,
+    flags_of,
+    keep_flags,
+    keep_flags_of_left,
+    pruned_count,
+    pruned_counts,
+)
 from lnprune.steps.layouts import contiguous, has_standard_strides, keeps_strides
 from lnprune.steps.local import is_distributed
 from lnprune.steps.norms import check_order, native_order
@@ -41,12 +57,11 @@ def compute_mask(method: StockLnStructured, t: Tensor, default_mask: Tensor) -> 
         return default_mask
     if is_distributed(t):
         request = Request(t, t, operator.index(method.dim), method.amount, None, "")
-        request.count = count
         choose_of_shards([request], method.n)
         request.old_mask = default_mask
         write_sharded_masks([request], method.n)
         return request.mask
-    keep = keep_flags(t, method.n, method.dim, count)
+    keep = keep_flags(t, method.n, method.dim, [count])
     if ops.are_native(t, default_mask) and has_standard_strides(t) and default_mask.shape == t.shape:
         mask = contiguous(default_mask, t.dtype)
         return ops.write_masks([keep], [t], [mask], [], [operator.index(method.dim)])[0][0]
@@ -101,14 +116,16 @@ def write_masks(requests: Sequence[Request], n: Any, about: named) -> None:
     for (_, first, ranked), group in groups.items():
         for fused, rows in _by_fusing(group):
             columns = [
-                (row.scores, row.layout, row.original, row.dim, row.count, row.fraction) for row in rows
+                (row.scores, row.layout, row.original, row.dim, row.count, row.fraction, row.batch)
+                for row in rows
             ]
-            scores, layouts, originals, dims, counts, fractions = zip(*columns)  # noqa: B905
+            scores, layouts, originals, dims, counts, fractions, batches = zip(*columns)  # noqa: B905
             masks, written = () if first else layouts, originals if fused else ()
+            along = numbers(batches)
             if ranked:
-                made = ops.prune_channels(scores, masks, written, dims, p, counts, fractions)  # type: ignore[arg-type]
+                made = ops.prune_channels(scores, masks, written, dims, p, counts, fractions, along)  # type: ignore[arg-type]
             else:
-                made = ops.write_masks(flags_of(rows), scores, masks, written, dims)
+                made = ops.write_masks(flags_of(rows), scores, masks, written, dims, along)
             new_masks, weights = made
             if fused:
                 weights = _with_gradients(new_masks, originals, weights)
@@ -136,23 +153,31 @@ def _prepare(request: Request, n: Any, p: float | None) -> bool:
 
     That is the layout of the new mask and, where there are no flags, how many channels to prune.
     """
-    scores, dim, old_mask = request.scores, request.dim, request.old_mask
+    scores, dim, old_mask, batch = request.scores, request.dim, request.old_mask, request.batch
     if request.container is not None:
         return False
     if old_mask is None:
-        if not ops.are_native(scores, request.original):
+        if not (ops.are_native(scores, request.original) and is_outside(scores, dim, batch)):
             return False
+        if request.keep is None and isinstance(request.amount, tuple):
+            request.keep = keep_flags(
+                scores, n, dim, pruned_counts(scores, request.amount, dim, batch), batch
+            )
         if request.keep is None:
-            count = pruned_count(scores, request.amount, dim)
+            count = pruned_count(scores, request.amount, dim, batch)
             if count == 0:
                 return False
             request.count, request.fraction = count, 0.0
             if p is None:
-                request.keep = keep_flags(scores, n, dim, count)
+                request.keep = keep_flags(scores, n, dim, [count] * rankings_of(batch), batch)
         request.layout, request.dim = scores, operator.index(dim)
         return True
     if not ops.are_native(scores, old_mask) or old_mask.shape != scores.shape:
         return False
+    if batch is not None and not is_outside(contiguous(old_mask, scores.dtype), dim, batch):
+        return False
+    if batch is not None and not isinstance(request.amount, float) and p is not None:
+        request.keep = keep_flags_of_left(request, n) if request.keep is None else request.keep
     if request.keep is not None:
         request.layout = contiguous(old_mask, scores.dtype)
         return True
@@ -175,9 +200,11 @@ def _prepare(request: Request, n: Any, p: float | None) -> bool:
 def _plain_mask(request: Request, n: Any) -> Tensor:
     """The mask by the steps of the reference, in plain torch where the native code takes no part of it."""
     scores, original, dim, amount = request.scores, request.original, request.dim, request.amount
-    old_mask, container = request.old_mask, request.container
+    old_mask, container, batch = request.old_mask, request.container, request.batch
     if request.keep is not None:
-        return reference.write_mask(request.keep, scores.detach(), old_mask, dim)
+        return reference.write_mask(request.keep, scores.detach(), old_mask, dim, batch)
+    if batch is not None:
+        return _plain_masks(request, batch, n)
     if old_mask is None:
         # Before the checks, as in torch: what cannot have a mask of ones fails here.
         ones = torch.ones_like(original, requires_grad=False)
@@ -187,6 +214,23 @@ def _plain_mask(request: Request, n: Any) -> Tensor:
         container = stock.PruningContainer(_LnStructured(amount, n, dim))
     default_mask = old_mask.detach().clone(memory_format=torch.contiguous_format)
     return container.compute_mask(scores, default_mask=default_mask)
+
+
+def _plain_masks(request: Request, batch: Batch, n: Any) -> Tensor:
+    """The same of each matrix by itself, as a tensor of its own."""
+    mask = torch.zeros_like(request.scores, requires_grad=False)
+    if request.old_mask is not None:
+        mask = mask.contiguous()
+    dim = dim_in_matrix(mask.shape, request.dim, batch)
+    amounts = request.amount if isinstance(request.amount, tuple) else (request.amount,) * batch.size
+    scores, originals = matrices(request.scores, batch), matrices(request.original, batch)
+    for i, part in enumerate(matrices(mask, batch)):
+        one = Request(scores[i], originals[i], dim, amounts[i], None, request.name)
+        if request.old_mask is not None:
+            one.old_mask = matrices(request.old_mask, batch)[i]
+        one.container = request.container
+        part.copy_(_plain_mask(one, n))
+    return mask
 
 
 class _Product(OperatorMode):

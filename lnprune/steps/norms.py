@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lnprune.errors import named
 from lnprune.steps import ops, reference, sharding
-from lnprune.steps.local import by_device, held_here, is_distributed
+from lnprune.steps.batches import Batch, channels_of, is_outside, numbers, rankings_of
+from lnprune.steps.local import batch_here, by_device, held_here, is_distributed
 
 Order = Union[int, float, Literal["fro", "nuc"], None]
 
@@ -50,20 +51,28 @@ class Asked(NamedTuple):
     n: Any
     dims: Sequence[int]
     names: Sequence[str] = ()  # what errors of plain torch say of each tensor; may be none
+    batches: Sequence[Batch | None] = ()  # may be none too
+
+    def batch(self, i: int) -> Batch | None:
+        return self.batches[i] if self.batches else None
 
 
 def channel_norms(
-    tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str] = ()
+    tensors: Sequence[Tensor],
+    n: Any,
+    dims: Sequence[int],
+    names: Sequence[str] = (),
+    batches: Sequence[Batch | None] = (),
 ) -> list[Tensor]:
     """The norms of every channel, by one native call for each device; others through plain torch.
 
     What plain torch raises has the name of its tensor, where there are names.
     """
-    if len(tensors) == 1 and ops.is_native(tensors[0]):
+    if len(tensors) == 1 and not batches and ops.is_native(tensors[0]):
         p = native_order(n)
         if p is not None:  # nothing to sort, as in most calls
             return ops.channel_norms(tensors, dims, p)
-    return _measured(True, [Asked(tensors, n, dims, names)])[0]
+    return _measured(True, [Asked(tensors, n, dims, names, batches)])[0]
 
 
 def norms_of_each(asked: Sequence[Asked]) -> list[list[Tensor]]:
@@ -72,10 +81,14 @@ def norms_of_each(asked: Sequence[Asked]) -> list[list[Tensor]]:
 
 
 def channel_sums(
-    tensors: Sequence[Tensor], n: Any, dims: Sequence[int], names: Sequence[str] = ()
+    tensors: Sequence[Tensor],
+    n: Any,
+    dims: Sequence[int],
+    names: Sequence[str] = (),
+    batches: Sequence[Batch | None] = (),
 ) -> list[Tensor]:
     """What :func:`channel_norms` takes the root of, which adds up where a channel has several slices."""
-    return _measured(False, [Asked(tensors, n, dims, names)])[0]
+    return _measured(False, [Asked(tensors, n, dims, names, batches)])[0]
 
 
 def norms_of_sums(sums: Sequence[Tensor], n: Any) -> list[Tensor]:
@@ -92,22 +105,23 @@ def _measured(has_root: bool, asked: Sequence[Asked]) -> list[list[Tensor]]:
     results: list[list[Any]] = []
     shards = []
     for each in asked:
-        tensors, n, dims, names = each
+        tensors, n, dims, names, _ = each
         p = native_order(n)
         found: list[Any] = [None] * len(tensors)
         results.append(found)
         taken, sharded = [], []
         for i, tensor in enumerate(tensors):
-            if p is not None and ops.is_native(tensor):
+            if p is not None and ops.is_native(tensor) and is_outside(tensor, dims[i], each.batch(i)):
                 taken.append(i)
             elif is_distributed(tensor):
                 sharded.append(i)
             else:
                 with named(names[i] if names else ""):
-                    found[i] = plain(tensor, n, dims[i])
+                    found[i] = plain(tensor, n, dims[i], each.batch(i))
         for places in by_device(tensors[i] for i in taken).values():
             indices = [taken[place] for place in places]
-            made = native([tensors[i] for i in indices], [dims[i] for i in indices], p)  # type: ignore[arg-type]
+            batches = numbers([each.batch(i) for i in indices])
+            made = native([tensors[i] for i in indices], [dims[i] for i in indices], p, batches)  # type: ignore[arg-type]
             for i, result in zip(indices, made, strict=True):
                 found[i] = result
         if sharded:
@@ -133,32 +147,46 @@ class _Shards:
         self.places: list[int] = []
         self.tensors: list[Any] = []
         self.dims: list[int] = []
+        self.batches: list[Batch | None] = []  # of whole tensors
         self.held: list[Tensor] = []
+        self.held_batches: list[Batch | None] = []
         for i in indices:
-            tensor, dim = asked.tensors[i], asked.dims[i]
-            held = held_here(tensor, asked.names[i] if asked.names else "").detach()
+            tensor, dim, batch = asked.tensors[i], asked.dims[i], asked.batch(i)
+            name = asked.names[i] if asked.names else ""
+            held = held_here(tensor, name).detach()
+            with named(name):
+                held_batch = batch_here(tensor, dim, batch)
+            channels = rankings_of(batch) * channels_of(tensor.shape, dim, batch)
             if tensor.numel() == 0:  # which some orders have no norm of: on all ranks alike
-                with named(asked.names[i] if asked.names else ""):
-                    found[i] = reference.channel_norms(held.new_empty(tensor.shape), self.n, dim)
+                with named(name):
+                    found[i] = reference.channel_norms(held.new_empty(tensor.shape), self.n, dim, batch)
             elif held.is_meta:
-                found[i] = held.new_empty(tensor.shape[dim], dtype=torch.float64)
+                found[i] = held.new_empty(channels, dtype=torch.float64)
             else:
                 self.places.append(i)
                 self.tensors.append(tensor)
                 self.dims.append(dim)
+                self.batches.append(batch)
                 self.held.append(held)
+                self.held_batches.append(held_batch)
 
     def sums(self) -> list[Tensor]:
         """Of the channels that are here."""
         found: list[Any] = [None] * len(self.held)
         full = [i for i, held in enumerate(self.held) if held.numel() > 0]
-        made = channel_sums([self.held[i] for i in full], self.n, [self.dims[i] for i in full])
+        made = channel_sums(
+            [self.held[i] for i in full],
+            self.n,
+            [self.dims[i] for i in full],
+            batches=[self.held_batches[i] for i in full],
+        )
         for i, each in zip(full, made, strict=True):
             found[i] = each
         for i, held in enumerate(self.held):
             if held.numel() == 0:
-                channels = (held.shape[self.dims[i]],)
-                found[i] = held.new_full(channels, self.fold.of_nothing, dtype=torch.float64)
+                batch = self.held_batches[i]
+                channels = rankings_of(batch) * channels_of(held.shape, self.dims[i], batch)
+                found[i] = held.new_full((channels,), self.fold.of_nothing, dtype=torch.float64)
         return found
 
     def finish(self, sums: Sequence[Tensor], has_root: bool) -> None:
@@ -174,15 +202,16 @@ def _exchange(shards: Sequence[_Shards], has_root: bool) -> None:
     sums = [sums for each in shards for sums in each.sums()]
     tensors = [tensor for each in shards for tensor in each.tensors]
     dims = [dim for each in shards for dim in each.dims]
+    batches = [batch for each in shards for batch in each.batches]
     folds = [each.fold for each in shards for _ in each.places]
-    whole = iter(sharding.folded(tensors, sums, dims, folds))
+    whole = iter(sharding.folded(tensors, sums, dims, folds, batches))
     for each in shards:
         each.finish([next(whole) for _ in each.places], has_root)
 
 
-def nonzero_counts(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
-    """How many elements of each channel are not zero, of tensors of any dtype and any number of dims."""
-    return channel_norms([countable(tensor) for tensor in tensors], 0, dims)
+def nonzero_counts(tensor: Tensor, dim: int, batch: Batch | None = None) -> Tensor:
+    """How many elements of each channel are not zero, of a tensor of any dtype and any number of dims."""
+    return channel_norms([countable(tensor)], 0, [dim], (), [] if batch is None else [batch])[0]
 
 
 def countable(tensor: Tensor) -> Tensor:

@@ -154,17 +154,33 @@ _zero_channels_ = torch.ops.lnprune.zero_channels_.default
 _prune_channels_ = torch.ops.lnprune.prune_channels_.default
 
 
-def channel_norms(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
+def channel_norms(
+    tensors: Sequence[Tensor], dims: Sequence[int], p: float, batches: Sequence[int] = ()
+) -> list[Tensor]:
     """The norms of order ``p`` of every slice along ``dims[i]`` of ``tensors[i]``.
 
-    Returns one float64 tensor of shape ``(channels,)`` per tensor. Not differentiable.
+    ``batches`` is empty, or has for each tensor the dim of its batch and how many matrices are side by side
+    along it (1: no batch), each with channels of its own. There is no room for all layouts: a batch has to
+    lie outside of the other dims in memory, or of all that lies between it and the channels.
+
+    Returns one float64 tensor of shape ``(channels,)``, or ``(matrices * channels,)``, per tensor. Not
+    differentiable.
+
+    Example:
+        >>> import torch
+        >>> from lnprune import ops
+        >>> experts = torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 0.0]]])
+        >>> ops.channel_norms([experts], [1], 2.0, batches=[0, 2])
+        [tensor([5., 1., 2., 0.], dtype=torch.float64)]
     """
     if not tensors:  # the dispatcher finds no backend in an empty list
         return []
-    return _channel_norms(tensors, dims, p)
+    return _channel_norms(tensors, dims, p, batches)
 
 
-def channel_sums(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> list[Tensor]:
+def channel_sums(
+    tensors: Sequence[Tensor], dims: Sequence[int], p: float, batches: Sequence[int] = ()
+) -> list[Tensor]:
     """What :func:`channel_norms` takes the root of: the sum of ``|x|**p`` of every slice.
 
     For ``p = 0`` the count of elements that are not zero, for infinite orders the largest or the smallest
@@ -182,7 +198,7 @@ def channel_sums(tensors: Sequence[Tensor], dims: Sequence[int], p: float) -> li
     """
     if not tensors:  # the dispatcher finds no backend in an empty list
         return []
-    return _channel_sums(tensors, dims, p)
+    return _channel_sums(tensors, dims, p, batches)
 
 
 def norms_of_sums(sums: Sequence[Tensor], p: float) -> list[Tensor]:
@@ -211,18 +227,21 @@ def select_channels(
     mask_counts: Sequence[Tensor],
     counts: Sequence[int],
     fractions: Sequence[float],
+    rankings: Sequence[int] = (),
 ) -> list[Tensor]:
     """Which channels stay when the ones that rank last are pruned.
 
     Per tensor, ``counts[i]`` channels are pruned, or, where that is negative, the fraction
     ``fractions[i]`` of those that take part, rounded half to even. ``mask_counts`` is empty, or
-    holds the norms of order 0 of the masks: channels with 0 take no part and do not stay.
+    holds the norms of order 0 of the masks: channels with 0 take no part and do not stay. ``rankings`` is
+    empty, or says how many rankings of equal length each tensor holds, one after another: then counts and
+    fractions are those of all rankings.
 
-    Returns one bool tensor of shape ``(channels,)`` per tensor.
+    Returns one bool tensor of the shape of its norms per tensor.
     """
     if not norms:  # the dispatcher finds no backend in an empty list
         return []
-    return _select_channels(norms, mask_counts, counts, fractions)
+    return _select_channels(norms, mask_counts, counts, fractions, rankings)
 
 
 def write_masks(
@@ -231,6 +250,7 @@ def write_masks(
     masks: Sequence[Tensor],
     originals: Sequence[Tensor],
     dims: Sequence[int],
+    batches: Sequence[int] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The masks that keep the flagged channels, and the masked originals.
 
@@ -241,7 +261,7 @@ def write_masks(
     """
     if not scores:  # the dispatcher finds no backend in an empty list
         return ([], [])
-    return _write_masks(keep, scores, masks, originals, dims)
+    return _write_masks(keep, scores, masks, originals, dims, batches)
 
 
 def prune_channels(
@@ -252,21 +272,27 @@ def prune_channels(
     p: float,
     counts: Sequence[int],
     fractions: Sequence[float],
+    batches: Sequence[int] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`channel_norms`, :func:`select_channels` and :func:`write_masks` in one call."""
+    """:func:`channel_norms`, :func:`select_channels` and :func:`write_masks` in one call.
+
+    Where there are batches, every ranking of a tensor has its count and its fraction.
+    """
     if not scores:  # the dispatcher finds no backend in an empty list
         return ([], [])
-    return _prune_channels(scores, masks, originals, dims, p, counts, fractions)
+    return _prune_channels(scores, masks, originals, dims, p, counts, fractions, batches)
 
 
-def zero_channels_(tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int]) -> None:
+def zero_channels_(
+    tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int], batches: Sequence[int] = ()
+) -> None:
     """Writes zeros in place, to the channels along ``dims[i]`` that are not flagged in ``keep[i]``.
 
     Always +0.0, where a mask times infinity would give NaN. Kept channels are not touched. The tensors
     are without gaps and overlaps.
     """
     if tensors:  # the dispatcher finds no backend in an empty list
-        _zero_channels_(tensors, keep, dims)
+        _zero_channels_(tensors, keep, dims, batches)
         increment_version(tensors)
 
 
@@ -277,11 +303,12 @@ def prune_channels_(
     p: float,
     counts: Sequence[int],
     fractions: Sequence[float],
+    batches: Sequence[int] = (),
 ) -> None:
     """:func:`channel_norms` of the scores, :func:`select_channels` and :func:`zero_channels_` in one call.
 
     ``scores[i]`` may be ``weights[i]`` itself.
     """
     if scores:  # the dispatcher finds no backend in an empty list
-        _prune_channels_(scores, weights, dims, p, counts, fractions)
+        _prune_channels_(scores, weights, dims, p, counts, fractions, batches)
         increment_version(weights)

@@ -10,12 +10,13 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lnprune.steps.batches import Batch, dim_in_matrix, matrices
 from lnprune.torch_internals import compute_norm
 
 
@@ -26,24 +27,37 @@ def other_dims(tensor: Tensor, dim: int) -> list[int]:
     return dims
 
 
-def channel_norms(tensor: Tensor, n: Any, dim: int) -> Tensor:
+def channel_norms(tensor: Tensor, n: Any, dim: int, batch: Batch | None = None) -> Tensor:
     """The rank step: the L\\ ``n`` norm of every slice along ``dim``, in float64.
 
     Args:
         tensor: at least two dims, any real floating-point or complex dtype.
         n: any order that the running torch's pruning takes; ``'fro'`` is 2 for every shape.
         dim: the dim of the channels.
+        batch: of matrices with channels of their own.
 
     Returns:
-        float64 norms of shape ``(tensor.shape[dim],)``, on the tensor's device, or on the CPU where that
-        has no float64.
+        float64 norms of shape ``(tensor.shape[dim],)``, or those of all matrices, one after another. They
+        are on the tensor's device, or on the CPU where that has no float64.
     """
+    if batch is not None:
+        return _of_matrices(channel_norms, tensor, n, dim, batch)
     if isinstance(n, str) and n == "fro":
         n = 2.0
     check_slices(tensor, n, dim)
     if isinstance(n, str) and n == "nuc":
         return torch.norm(_widened(tensor), p=n, dim=other_dims(tensor, dim))
     return compute_norm(_widened(tensor), n, dim)
+
+
+def _of_matrices(
+    rank: Callable[..., Tensor], tensor: Tensor, n: Any, dim: int, batch: Batch, *more: Any
+) -> Tensor:
+    """What is found of each matrix, one after another."""
+    parts, dim = matrices(tensor, batch), dim_in_matrix(tensor.shape, dim, batch)
+    return torch.cat(
+        [rank(part if part.dim() > 1 else part.unsqueeze(-1), n, dim, *more) for part in parts]
+    )
 
 
 def check_slices(tensor: Tensor, n: Any, dim: int) -> None:
@@ -55,8 +69,10 @@ def check_slices(tensor: Tensor, n: Any, dim: int) -> None:
         )
 
 
-def torch_norms(scores: Tensor, n: Any, dim: int) -> Tensor:
+def torch_norms(scores: Tensor, n: Any, dim: int, batch: Batch | None = None) -> Tensor:
     """Torch's own norms, in the dtype of the scores."""
+    if batch is not None:
+        return _of_matrices(torch_norms, scores, n, dim, batch)
     check_slices(scores, n, dim)
     return compute_norm(scores.detach(), n, dim)
 
@@ -79,7 +95,7 @@ def _has_float64(device_type: str) -> bool:
     return True
 
 
-def channel_sums(tensor: Tensor, n: Any, dim: int) -> Tensor:
+def channel_sums(tensor: Tensor, n: Any, dim: int, batch: Batch | None = None) -> Tensor:
     """The rank step before the root: the sum of ``|x|**n`` of every slice along ``dim``, in float64.
 
     For order 0 the count of elements that are not zero, for infinite orders the largest or the smallest
@@ -89,10 +105,13 @@ def channel_sums(tensor: Tensor, n: Any, dim: int) -> Tensor:
         tensor: at least two dims, any real floating-point or complex dtype.
         n: a real order; ``'fro'`` is 2 for every shape.
         dim: the dim of the channels.
+        batch: of matrices with channels of their own.
 
     Returns:
-        float64 sums of shape ``(tensor.shape[dim],)``.
+        float64 sums of shape ``(tensor.shape[dim],)``, or of all matrices, one after another.
     """
+    if batch is not None:
+        return _of_matrices(channel_sums, tensor, n, dim, batch)
     order = _real_order(n)
     dims = other_dims(tensor, dim)
     magnitudes = _widened(tensor).abs()
@@ -121,7 +140,7 @@ def keep_channels(norms: Tensor, pruned: int) -> Tensor:
     """The select step: NaN first, then larger norms, then lower indices; the last are pruned.
 
     Returns:
-        bool keep flags of shape ``(channels,)``.
+        bool keep flags of the shape of the norms of one ranking, ``(channels,)``.
     """
     ranking = torch.sort(norms, descending=True, stable=True).indices
     keep = torch.ones_like(norms, dtype=torch.bool)
@@ -129,23 +148,41 @@ def keep_channels(norms: Tensor, pruned: int) -> Tensor:
     return keep
 
 
-def write_mask(keep: Tensor, scores: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+def write_mask(
+    keep: Tensor, scores: Tensor, mask: Tensor | None, dim: int, batch: Batch | None = None
+) -> Tensor:
     """The write step: ``mask * keep``, in the dtype and memory format of ``zeros_like(scores)``.
 
     A ``mask`` of None stands for ones.
     """
-    shape = [1] * scores.dim()
-    shape[dim] = -1
     new_mask = torch.zeros_like(scores, requires_grad=False)
-    new_mask += keep.reshape(shape).to(new_mask.device, new_mask.dtype)
+    parts, along = new_mask, dim % scores.dim()
+    shape = [1] * scores.dim()
+    if batch is not None:
+        parts, along = matrices(new_mask, batch), dim_in_matrix(scores.shape, dim, batch) + 1
+        shape = [batch.size, *[1] * (parts.dim() - 1)]
+    shape[along] = -1
+    parts += keep.reshape(shape).to(new_mask.device, new_mask.dtype)
     if mask is not None:
         new_mask *= mask.to(new_mask.dtype)
     return new_mask
 
 
-def torch_keep_channels(scores: Tensor, n: Any, dim: int, pruned: int) -> Tensor:
-    """Torch's own choice, bit for bit: norms by :func:`torch.norm`, choice by :func:`torch.topk`."""
-    norms = torch_norms(scores, n, dim)
+def torch_keep_channels(
+    scores: Tensor, n: Any, dim: int, pruned: Sequence[int], batch: Batch | None = None
+) -> Tensor:
+    """Torch's own choice, bit for bit: norms by :func:`torch.norm`, choice by :func:`torch.topk`.
+
+    ``pruned`` are the counts of all rankings.
+    """
+    norms = torch_norms(scores, n, dim, batch)
+    if batch is not None:
+        rankings = norms.view(batch.size, -1)
+        return torch.cat([_torch_choice(each, count) for each, count in zip(rankings, pruned, strict=True)])
+    return _torch_choice(norms, pruned[0])
+
+
+def _torch_choice(norms: Tensor, pruned: int) -> Tensor:
     keep = torch.zeros_like(norms, dtype=torch.bool)
     keep[torch.topk(norms, k=norms.numel() - pruned, largest=True).indices] = True
     return keep

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lnprune.errors import shown
+from lnprune.steps.batches import Batch, channels_of, rankings_of
 from lnprune.steps.local import channels_here, is_distributed, layout_of, sharded_dims
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ _FAILED = -1  # what a rank says in place of a digest, which is never negative, 
 
 
 def folded(
-    tensors: Sequence[DTensor], sums: Sequence[Tensor], dims: Sequence[int], folds: Sequence[Fold]
+    tensors: Sequence[DTensor],
+    sums: Sequence[Tensor],
+    dims: Sequence[int],
+    folds: Sequence[Fold],
+    batches: Sequence[Batch | None],
 ) -> list[Tensor]:
     """The sums of whole channels from those of their parts here, the same bits on all ranks.
 
@@ -70,15 +75,18 @@ def folded(
         sums: of the channels that each has here, float64 of shape ``(channels here,)``.
         dims: those of the channels.
         folds: of each, how its parts make the whole.
+        batches: of each, that of matrices with channels of their own.
     """
     vectors = []
     known: dict[Any, Tensor | None] = {}  # a model has few kinds of weights
-    for tensor, part, dim, fold in zip(tensors, sums, dims, folds, strict=True):
-        kind = tensor.device_mesh, tensor.placements, tensor.shape[dim], dim, part.device
+    for tensor, part, dim, fold, batch in zip(tensors, sums, dims, folds, batches, strict=True):
+        shape = tensor.shape if batch is not None else tensor.shape[dim]
+        kind = tensor.device_mesh, tensor.placements, shape, dim, batch, part.device
         if kind not in known:
-            here = channels_here(tensor, dim)
+            here = channels_here(tensor, dim, batch)
             known[kind] = None if here is None else here.to(part.device)
-        vectors.append(Vector(part, known[kind], tensor.shape[dim], fold))
+        length = rankings_of(batch) * channels_of(tensor.shape, dim, batch)
+        vectors.append(Vector(part, known[kind], length, fold))
     for group, mesh, places in _groups(tensors):
         mine = [vectors[i] for i in places]
         made = folded_over(group, mine, _device(mesh, mine[0].part))
