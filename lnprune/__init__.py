@@ -24,7 +24,8 @@ from torch.nn.utils.prune import (
 )
 
 from lnprune.masked_models import load_masked, renew_masked
-from lnprune.model import global_structured, load_plan, local_structured, rank, remove_all
+from lnprune.measuring import rank
+from lnprune.model import global_structured, load_plan, local_structured, remove_all
 from lnprune.patching import patch
 from lnprune.plans.plan import Plan
 from lnprune.plans.plan_file import PlanEntry

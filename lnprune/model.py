@@ -1,135 +1,46 @@
-"""Whole models in one call: rank, local_structured, global_structured, remove_all, load_plan."""
+"""Whole models in one call: local_structured, global_structured, remove_all, load_plan."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from lnprune.errors import check_flags, per_name
+from lnprune.measuring import rank
 from lnprune.modules.application import install, prune_in_place, unmask
+from lnprune.modules.batching import BatchDim, names_of
 from lnprune.modules.finding import Patterns
-from lnprune.modules.parameters import Dim, Parameters, Weight, collect, placed, repeatable, scores_of
+from lnprune.modules.parameters import Dim, Parameters, collect, placed, repeatable
 from lnprune.modules.registration import Target
+from lnprune.modules.scores import is_given, scores_of
 from lnprune.modules.sharded import parameters_of
 from lnprune.modules.transaction import Transaction
-from lnprune.modules.values import current_values
 from lnprune.plans import plan_file
-from lnprune.plans.plan import Plan, loaded
+from lnprune.plans.loading import loaded, weights_of
+from lnprune.plans.plan import Plan
 from lnprune.plans.plan_file import SavedPlan
-from lnprune.plans.ranking import Ranking, measure
-from lnprune.plans.rows import Member, Row
 from lnprune.plans.selection import Normalize, Of
 from lnprune.removal.removed import removed_of
-from lnprune.steps import reference
 from lnprune.steps.flags import Amount
 from lnprune.steps.in_place import write_in_place
 from lnprune.steps.norms import Order
-from lnprune.steps.sharding import Agreement, Group
+from lnprune.steps.sharding import Agreement
 from lnprune.torch_internals import own_pre_hooks, pruned_name
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
 
 
-def rank(
-    parameters: Parameters,
-    n: Order,
-    dim: Dim,
-    importance_scores: Mapping[Any, Tensor] | None = None,
-    *,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    group: ProcessGroup | None = None,
-) -> Ranking:
-    """Measures the L\\ ``n`` norm of every channel of many parameters, in one native call per device.
-
-    No weight is changed, and none is read again by the selections that follow. A weight that modules
-    share is measured once. Of a pruned parameter the product of mask and original is measured, as they are
-    now, whatever the last forward left in the attribute. Channels that are gone take no part in what is
-    selected: those that a mask empties, and those whose elements are all zero, whoever zeroed them. Sharded
-    parameters (DTensor) are measured where they lie, by one call on all ranks, and norms are of whole
-    weights.
-
-    Args:
-        parameters: pairs ``(module, name)``, as in torch's ``global_unstructured``; they are called
-            ``"0.weight"``, ``"1.weight"``, ... Or a module: then the weights of every Linear, convolution,
-            transposed convolution, Embedding, MultiheadAttention and Conv1D of transformers in it. Their
-            names are those of the bare model, without what wrappers (compiled, parallel, averaged) add.
-        n: the order of the norm, as for :func:`ln_structured`.
-        dim: the dim of the channels: one number; ``"out"`` or ``"in"``, which is the right one for each
-            type of module; or one per parameter, as a sequence or as a mapping by name.
-        importance_scores: tensors to rank in place of some of the weights, by ``(module, name)`` or by
-            the parameter's name, each of its parameter's shape.
-        include: of a module, the weights to take: patterns as in :mod:`fnmatch` for the name of the
-            parameter or of its module, and types of modules. A pattern that matches none of the weights
-            above is looked for among all parameters of two dims or more, and a type beyond the ones above
-            stands for all of these in its modules. A mapping also teaches what ``dim="out"`` and ``"in"``
-            mean, as in ``include={MyLinear: {"out": 0, "in": 1}, nn.Linear: None}``.
-        exclude: patterns and types of weights not to take. A weight that modules share is taken under all
-            of its names or, where one of them is excluded, under none.
-        group: a process group whose ranks hold different layers, as the stages of a pipeline do: each ranks
-            its own, and all get one ranking of the layers of all. Every rank of it makes the call. A plan
-            from it prunes, on each rank, the layers that are there. A name that several ranks have gets the
-            rank's number in the group: ``"experts.0.weight@1"``.
-
-    Returns:
-        a :class:`Ranking`. Its norms stay on the devices of the weights until the first selection.
-
-    Raises:
-        AttributeError: a module has no such parameter.
-        ValueError: there is nothing to rank; a parameter is given twice, has fewer than two dims or no
-            shape yet, shares its weight with one that has another ``dim``; a pattern matches nothing;
-            scores have another shape.
-        IndexError: ``dim`` is out of range.
-        TypeError: ``parameters`` holds something else; a parameter is parametrized.
-        RuntimeError: ``n`` is no order of a norm; or inside :func:`reference_ranking`, since a ranking
-            across layers has no counterpart in torch; or another rank raises, or makes another call, where
-            parameters are sharded or with ``group``.
-
-    Example:
-        >>> import lnprune
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
-        >>> ranking = lnprune.rank(model, n=2, dim="out")
-        >>> {name: tuple(norms.shape) for name, norms in ranking.norms.items()}
-        {'0.weight': (8,), '1.weight': (4,)}
-    """
-    parameters = repeatable(parameters)
-    with (
-        contextlib.nullcontext() if group is None else Group(group) as others,
-        Agreement(parameters_of(parameters)) as agreement,
-    ):
-        if reference.ranks_like_torch():
-            raise RuntimeError(
-                "rank orders channels by float64 norms, ties by index: inside reference_ranking() use "
-                "ln_structured or local_structured, or rank outside of it"
-            )
-        weights, _, given = collect(parameters, dim, include, exclude)
-        rows = []
-        for weight, along in zip(weights, given, strict=True):
-            along %= len(weight.shape)
-            rows.append(Row(weight.name, weight.shape[along], [Member(weight, along)]))
-        measured, masks = current_values(weights)
-        scores = scores_of(weights, list(measured.values()), importance_scores)
-        values = list(measured.values())
-        agreement.confirm(
-            "rank", n, [row.name for row in rows], given, values, scores, _given(scores, values)
-        )
-        by_weight = dict(zip(weights, scores, strict=True))
-        return measure(rows, n, measured, by_weight, masks, group=others)
-
-
-def _given(scores: Sequence[Tensor], values: Sequence[Tensor]) -> list[bool]:
-    """For which weights scores were given."""
-    return [score is not value for score, value in zip(scores, values, strict=True)]
+def _one_or_all(amounts: list[Any]) -> Any:
+    """An amount, where it is the same for all rankings of a weight, or a tuple with that of each."""
+    return tuple(amounts) if any(amount is not amounts[0] for amount in amounts) else amounts[0]
 
 
 def local_structured(
@@ -140,6 +51,8 @@ def local_structured(
     importance_scores: Mapping[Any, Tensor] | None = None,
     *,
     permanent: bool = False,
+    batch_dim: BatchDim = None,
+    batch_size: BatchDim = None,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> Given:
@@ -159,6 +72,8 @@ def local_structured(
         n: the order of the norm, as for :func:`ln_structured`.
         dim: the dim of the channels; as for :func:`rank`.
         importance_scores: tensors to rank in place of some of the weights; as for :func:`rank`.
+        batch_dim: as for :func:`rank`. A mask is of the whole parameter; its hook is a ``CustomFromMask``.
+        batch_size: as for :func:`rank`.
         permanent: write zeros into the weights in place and leave no mask and no hook: the values that a
             loop of :func:`ln_structured` and ``remove`` leaves, but that zeros are +0.0 whatever was there.
             Parameters that have a mask, or that cannot be written in place, get torch's values.
@@ -185,22 +100,26 @@ def local_structured(
     parameters = repeatable(parameters)
     with Transaction() as transaction, Agreement(parameters_of(parameters)) as agreement:
         check_flags(permanent=permanent)
-        weights, tensors, dims = collect(parameters, dim, include, exclude)
+        weights, tensors, dims, batches = collect(parameters, dim, include, exclude, batch_dim, batch_size)
         scores = scores_of(weights, tensors, importance_scores)
         if not permanent:
             for weight in weights:
                 weight.check_holds_mask()
-        names = [weight.name for weight in weights]
-        amounts = per_name(amount, names, "amount")
+        names = [names_of(weight.name, batch) for weight, batch in zip(weights, batches, strict=True)]
+        each = iter(per_name(amount, [name for known in names for name in known], "amount"))
+        amounts = [_one_or_all([next(each) for _ in known]) for known in names]
         # One at a time: thousands of them at once would keep the garbage collector busy.
         targets = (
-            Target(name, module, attribute, along, share, None, None if score is tensor else score)
-            for weight, along, tensor, score, share in zip(
-                weights, dims, tensors, scores, amounts, strict=True
+            Target(
+                *(name, module, attribute, along, share, None, None if score is tensor else score),
+                batch=batch,
+            )
+            for weight, along, batch, tensor, score, share in zip(
+                weights, dims, batches, tensors, scores, amounts, strict=True
             )
             for name, (module, attribute) in zip(weight.names, weight.places, strict=True)
         )
-        asked = names, dims, amounts, tensors, scores, _given(scores, tensors)
+        asked = names, dims, batches, amounts, tensors, scores, is_given(scores, tensors)
         agree = functools.partial(agreement.confirm, "local", permanent, n, *asked)
         if permanent:
             prune_in_place(transaction, targets, n, agree=agree)
@@ -223,6 +142,8 @@ def global_structured(
     multiple_of: int = 1,
     group_size: int = 1,
     permanent: bool = False,
+    batch_dim: BatchDim = None,
+    batch_size: BatchDim = None,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> Given:
@@ -248,7 +169,16 @@ def global_structured(
     parameters = repeatable(parameters)
     with Agreement(parameters_of(parameters)) as agreement:
         check_flags(permanent=permanent)
-        ranking = rank(parameters, n, dim, importance_scores, include=include, exclude=exclude)
+        ranking = rank(
+            parameters,
+            n,
+            dim,
+            importance_scores,
+            batch_dim=batch_dim,
+            batch_size=batch_size,
+            include=include,
+            exclude=exclude,
+        )
         plan = ranking.select(
             amount,
             scope="global",
@@ -333,13 +263,8 @@ def load_plan(path: str | os.PathLike[str], parameters: Parameters) -> Plan:
 
 
 def _loaded(saved: SavedPlan, parameters: Parameters) -> Plan:
+    weights = placed(weights_of(saved), parameters)
     if saved.groups is None:
-        pairs = zip(saved.entries, saved.names, strict=True)
-        weights = [Weight(names, entry.shape) for entry, names in pairs]
-        return loaded(saved, placed(weights, parameters))
-    held = {}
-    for group in saved.groups:
-        held.update({member.names[0]: member for member in group.members if not member.is_buffer})
-    weights = placed([Weight(member.names, member.shape) for member in held.values()], parameters)
+        return loaded(saved, weights)
     model = parameters if isinstance(parameters, nn.Module) else None
     return loaded(saved, weights, functools.partial(removed_of, saved, model))

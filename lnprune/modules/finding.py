@@ -26,6 +26,7 @@ class Found(NamedTuple):
     attribute: str
     dims: Dims | None = None  # of its outputs and inputs, where they are known
     like: int | None = None  # the index of the place through whose weight, which it shares, it was found
+    batch_dim: int | None = None  # of its experts, where the module is known to have them
 
 
 def is_masked(module: nn.Module, attribute: str) -> bool:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Any, Literal, NamedTuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnprune.errors import per_name, shown
+from lnprune.modules.batching import batch_of, per_parameter
 from lnprune.modules.finding import Found, Patterns, find, is_masked, named_modules, uncalled
 from lnprune.modules.layer_types import KNOWN, bare_name, known_weights, never_called
 from lnprune.modules.sharded import check_is_sharded
+from lnprune.steps.batches import Batch
 from lnprune.torch_internals import own_buffers, own_modules, own_parameters
 
 Parameters = Union[nn.Module, Iterable[tuple[nn.Module, str]]]
@@ -169,37 +171,13 @@ def _dims(dim: Any, found: list[Found]) -> list[Any]:
     return [dim] * len(found)
 
 
-def scores_of(
-    weights: list[Weight], tensors: list[Tensor], importance_scores: Mapping[Any, Tensor] | None
-) -> list[Tensor]:
-    """What is ranked: the weights, or the scores that are given for some of them."""
-    if importance_scores is None:
-        return tensors
-    if not isinstance(importance_scores, Mapping):
-        raise TypeError(
-            "importance_scores: expected a mapping from (module, name) or a parameter's name to a tensor, "
-            f"got {type(importance_scores).__name__}"
-        )
-    index: dict[Any, int] = {}
-    for i, weight in enumerate(weights):
-        index[weight.name] = i
-        index.update((place, i) for place in weight.places)
-    scores = list(tensors)
-    for key, score in importance_scores.items():
-        if key not in index:
-            raise ValueError(f"importance_scores: {key!r} is none of the {len(weights)} parameters")
-        i = index[key]
-        if not isinstance(score, Tensor):
-            raise TypeError(
-                f"{weights[i].name}: expected a tensor of importance_scores, got {type(score).__name__}"
-            )
-        if score.shape != tensors[i].shape:
-            raise ValueError(
-                f"{weights[i].name}: expected importance_scores of its shape {tuple(tensors[i].shape)}, "
-                f"got {tuple(score.shape)}"
-            )
-        scores[i] = score
-    return scores
+class Collected(NamedTuple):
+    """Weights, each once, and where their channels are."""
+
+    weights: list[Weight]
+    tensors: list[Tensor]  # the current ones
+    dims: list[int]  # as given
+    batches: list[Batch | None]
 
 
 def collect(
@@ -207,8 +185,10 @@ def collect(
     dim: Any,
     include: Patterns = None,
     exclude: Patterns = None,
-) -> tuple[list[Weight], list[Tensor], list[int]]:
-    """The weights that a call is about, each once, their current tensors, and their dims as given."""
+    batch_dim: Any = None,
+    batch_size: Any = None,
+) -> Collected:
+    """The weights that a call is about, each once, and where their channels are."""
     readers: dict[int, str] = {}
     if isinstance(parameters, nn.Module):
         modules = named_modules(parameters)
@@ -223,12 +203,20 @@ def collect(
     weights: list[Weight] = []
     tensors: list[Tensor] = []
     dims: list[int] = []
+    batches: list[Batch | None] = []
     by_place: dict[tuple[int, str], str] = {}
-    by_identity: dict[Any, tuple[Weight, int]] = {}
+    by_identity: dict[Any, tuple[Weight, int, Batch | None]] = {}
     asked = [entry for entry in found if entry.like is None]
-    given = _dims(dim, asked)
-    given += [given[entry.like] for entry in found if entry.like is not None]
-    for entry, word in zip(found, given, strict=True):
+    names = [entry.name for entry in asked]
+    given = zip(
+        _dims(dim, asked),
+        per_parameter(batch_dim, names, "batch_dim"),
+        per_parameter(batch_size, names, "batch_size"),
+        strict=True,
+    )
+    said = list(given)
+    said += [said[entry.like] for entry in found if entry.like is not None]
+    for entry, (word, batch_word, size) in zip(found, said, strict=True):
         name, module, attribute = entry[:3]
         tensor = current_tensor(module, attribute, name)
         place = (id(module), attribute)
@@ -243,10 +231,12 @@ def collect(
             raise ValueError(
                 f"{name}: structured pruning needs two dims or more, got shape {tuple(tensor.shape)}"
             )
-        along = _as_number(word, entry if entry.like is None else found[entry.like])
+        like = entry if entry.like is None else found[entry.like]
+        along = _as_number(word, like)
         if not -tensor.dim() <= along < tensor.dim():
             raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
         given_dim, along = along, along % tensor.dim()
+        batch = batch_of(name, tensor.shape, along, batch_word, size, like.batch_dim)
         identity: Any = id(tensor)
         if attribute not in own_parameters(module):
             # Its masked weight is its own, its original may be shared.
@@ -254,24 +244,30 @@ def collect(
                 id(own_parameters(module)[attribute + "_orig"]),
                 id(own_buffers(module)[attribute + "_mask"]),
             )
-        weight, dim_of_weight = by_identity.get(identity, (None, along))
+        weight, *there = by_identity.get(identity, (None, along, batch))
         if weight is None:
             weight = Weight([name], tensor.shape, [(module, attribute)])
-            by_identity[identity] = weight, along
+            by_identity[identity] = weight, along, batch
             weights.append(weight)
             tensors.append(tensor)
             dims.append(given_dim)
-        elif dim_of_weight == along:
+            batches.append(batch)
+        elif there == [along, batch]:
             weight.names.append(name)
             weight.places.append((module, attribute))
         else:
+            of_weight: Any = there[0]
+            if along == of_weight:
+                raise ValueError(
+                    f"{name}: shares its weight with {weight.name}, so expected one batch for both"
+                )
             raise ValueError(
                 f"{name}: shares its weight with {weight.name}, so expected one dim for both, got {along} "
-                f"and {dim_of_weight}: exclude both, or pass dim={min(along, dim_of_weight)} for both"
+                f"and {of_weight}: exclude both, or pass dim={min(along, of_weight)} for both"
             )
         note_reader(weight, module, readers)
     check_is_sharded(entry[:3] for entry in found)
-    return weights, tensors, dims
+    return Collected(weights, tensors, dims, batches)
 
 
 def note_reader(weight: Weight, module: nn.Module, readers: Mapping[int, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lnprune.errors import check_flags, shown
-from lnprune.modules.application import Application, Part, Slices, Weight, agreement_about
+from lnprune.modules.application import Application, Slices, agreement_about
 from lnprune.plans import plan_file, report
-from lnprune.plans.plan_file import PlanEntry, SavedPlan
-from lnprune.plans.rows import merged
-from lnprune.plans.saved_groups import Coupled, SavedGroup
+from lnprune.plans.plan_file import PlanEntry
+from lnprune.plans.saved_batches import SavedBatch
+from lnprune.plans.saved_groups import Coupled
 
 NOT_COUPLED = (
     "compact needs a plan that says what reads the channels, got one of single weights: make it from "
@@ -34,6 +34,7 @@ class Details(NamedTuple):
         ranked: of each parameter the norms that were compared, the largest first, and how many of them
             stay; None where the norms are gone.
         elements: of coupled channels, how many elements their parameters have; None: those of all shapes.
+        batches: of each parameter, the matrix of it that its entry is about; empty: none is.
     """
 
     entries: list[PlanEntry]
@@ -41,6 +42,7 @@ class Details(NamedTuple):
     cut: float | None
     ranked: list[tuple[Tensor, int]] | None = None
     elements: int | None = None
+    batches: Sequence[SavedBatch | None] = ()
 
 
 class Plan:
@@ -112,7 +114,7 @@ class Plan:
             ImportError: matplotlib is not installed.
             RuntimeError: the plan was loaded from a file, which has no norms.
         """
-        entries, _, cut, ranked, _ = self._details
+        entries, _, cut, ranked, *_ = self._details
         if ranked is None:
             raise RuntimeError("plot needs the norms of a ranking, which a plan from a file does not have")
         report.plot(self.n, self.selection, entries, ranked, cut, path)
@@ -124,10 +126,12 @@ class Plan:
         ``shared_with`` are the weight's other names. Of coupled channels, ``members`` are the parameters
         and buffers that they are slices of, and ``attributes`` those of modules that hold their number.
         """
-        entries, names, cut, _, elements = self._details
+        entries, names, cut, _, elements, batches = self._details
         pruned = [(~keep).nonzero().flatten().tolist() for keep in self._flags]
         groups = None if self._coupled is None else self._coupled.groups
-        return plan_file.document(self.n, self.selection, entries, names, pruned, cut, groups, elements)
+        return plan_file.document(
+            self.n, self.selection, entries, names, pruned, cut, groups, elements, batches
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, to be read by :func:`load_plan`, without norms."""
@@ -305,38 +309,3 @@ class Plan:
             self._application.undo(agreement)
         self._application = None
         return self
-
-
-def loaded(
-    saved: SavedPlan, weights: Sequence[Weight], coupled: Callable[[], Coupled] | None = None
-) -> Plan:
-    """The plan of a file, for weights of its names; ``coupled`` is for one of coupled channels."""
-    flags = [
-        _flags(entry.channels, pruned) for entry, pruned in zip(saved.entries, saved.pruned, strict=True)
-    ]
-    details = Details(saved.entries, saved.names, saved.cut, None, saved.elements)
-    names = [entry.name for entry in saved.entries]
-    slices = []
-    if saved.groups is None:
-        for weight, entry, keep in zip(weights, saved.entries, flags, strict=True):
-            slices.append(Slices(weight, entry.dim, keep))
-    else:
-        by_name = {weight.name: weight for weight in weights}
-        slices = merged(_slices(saved.groups, by_name))
-    return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: slices, coupled)
-
-
-def _slices(groups: Sequence[SavedGroup], weights: Mapping[str, Weight]) -> Iterator[Slices]:
-    """What groups prune of weights, by their names; buffers stay as they are."""
-    for group in groups:
-        for member in group.members:
-            if not member.is_buffer:
-                part = None if member.part is None else Part(*member.part)
-                keep = _flags(member.slices, member.pruned)
-                yield Slices(weights[member.names[0]], member.dim, keep, part)
-
-
-def _flags(channels: int, pruned: Sequence[int]) -> Tensor:
-    keep = torch.ones(channels, dtype=torch.bool, device="cpu")
-    keep[torch.tensor(pruned, dtype=torch.int64, device="cpu")] = False
-    return keep

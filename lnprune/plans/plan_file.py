@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from lnprune.atomic_file import replacing
 from lnprune.errors import named
-from lnprune.plans import fields
+from lnprune.plans import fields, saved_batches
+from lnprune.plans.saved_batches import SavedBatch, matrix_of
 from lnprune.plans.saved_groups import SavedGroup, document_of, saved_groups
 from lnprune.plans.selection import LEAST, WORDS
 
@@ -60,6 +61,7 @@ class SavedPlan(NamedTuple):
     cut: float | None = None  # where a global plan cuts the norms of all parameters
     groups: list[SavedGroup] | None = None  # of coupled channels, one for each entry
     elements: int | None = None  # of all their parameters
+    batches: Sequence[SavedBatch | None] = ()  # of each entry, the matrix that it is about
 
 
 def document(
@@ -71,6 +73,7 @@ def document(
     cut: float | None = None,
     groups: Sequence[SavedGroup] | None = None,
     elements: int | None = None,
+    batches: Sequence[SavedBatch | None] = (),
 ) -> dict[str, Any]:
     """A plan as numbers, strings, lists and dicts."""
     parameters = []
@@ -81,6 +84,8 @@ def document(
         for key in ("norm_at_cut", "margin"):
             values[key] = fields.plain(values[key])
         values["pruned"] = indices
+        if batches and batches[i] is not None:
+            values["batch"] = saved_batches.document_of(batches[i])  # type: ignore[arg-type]
         if groups is not None:
             values.update(document_of(groups[i]))
         parameters.append(values)
@@ -124,7 +129,9 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
             selection = _selection_of(selection)
         cut = fields.number(saved, "cut") if "cut" in saved else None
         elements = fields.count(saved, "elements") if "elements" in saved else None
-        return SavedPlan(n, selection, *_parameters_of(saved), cut, saved_groups(saved), elements)
+        entries, names, pruned, batches = _parameters_of(saved)
+        groups = saved_groups(saved)
+        return SavedPlan(n, selection, entries, names, pruned, cut, groups, elements, batches)
 
 
 def _order(values: dict[str, Any]) -> Any:
@@ -182,16 +189,33 @@ def _entry_of(values: dict[str, Any]) -> tuple[PlanEntry, list[str], list[int]]:
     return entry, names, pruned
 
 
-def _parameters_of(saved: dict[str, Any]) -> tuple[list[PlanEntry], list[list[str]], list[list[int]]]:
-    """The entries of a plan, the names of each parameter, and the pruned channels of each."""
-    entries, names, pruned = [], [], []
+def _batch_of(values: dict[str, Any], entry: PlanEntry, names: Sequence[str]) -> SavedBatch | None:
+    """The matrix that an entry is about, if it is about one."""
+    if "batch" not in values:
+        return None
+    with named("batch", "."):
+        found = saved_batches.saved_batch(fields.typed(values, "batch", dict))
+    if matrix_of(found) != (entry.shape, entry.dim):
+        raise ValueError(f"shape: expected {matrix_of(found)[0]}, that of a matrix, got {entry.shape}")
+    if not all(name.endswith(found.suffix) for name in names):
+        raise ValueError(f"name: expected one that ends in {found.suffix!r}, got {names}")
+    return found
+
+
+def _parameters_of(
+    saved: dict[str, Any],
+) -> tuple[list[PlanEntry], list[list[str]], list[list[int]], list[SavedBatch | None]]:
+    """The entries of a plan, their names, their pruned channels, and the matrices that they are about."""
+    entries, names, pruned, batches = [], [], [], []
     for i, values in enumerate(fields.list_of(saved, "parameters", dict)):
         with named(f"parameters[{i}]", "."):
             entry, known, indices = _entry_of(values)
+            batch = _batch_of(values, entry, known)
+        batches.append(batch)
         entries.append(entry)
         names.append(known)
         pruned.append(indices)
     for name, count in Counter(name for known in names for name in known).items():
         if count > 1:
             raise ValueError(f"parameters: {name!r} is there {count} times")
-    return entries, names, pruned
+    return entries, names, pruned, batches

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,11 @@ from torch import Tensor
 from lnprune.errors import per_name
 from lnprune.modules.application import Weight
 from lnprune.plans.group_ranking import Found, together
-from lnprune.plans.layers import Layers, Parameters
-from lnprune.plans.plan import NOT_COUPLED, Details, Plan
-from lnprune.plans.plan_file import PlanEntry
+from lnprune.plans.layers import Layers
+from lnprune.plans.outcome import details_of, slices_that_go
+from lnprune.plans.plan import Plan
 from lnprune.plans.rows import Measured, Row, counted, flags_of_weights, joint_sizes, row_norms
-from lnprune.plans.saved_groups import Coupled, SavedGroup, SavedMember
+from lnprune.plans.saved_groups import Coupled
 from lnprune.plans.selection import LEAST, WORDS, Arrangement, Normalize, Of, Scope
 from lnprune.steps.flags import Amount
 from lnprune.steps.local import is_wrapper, on_cpu
@@ -111,7 +110,7 @@ class Ranking:
         self._mask_counts = mask_counts or {}
         self._element_counts = element_counts or {}
         self._here = range(len(rows)) if here is None else here
-        self._goes = functools.partial(_slices, rows) if coupled is None else coupled
+        self._goes = functools.partial(slices_that_go, rows) if coupled is None else coupled
         self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
 
     @property
@@ -256,90 +255,9 @@ class Ranking:
             selection,
             self._layers.names,
             flags.split(self._layers.channels),
-            functools.partial(_details, self._rows, arrangement, flags, selection),
+            functools.partial(details_of, self._rows, arrangement, flags, selection),
             functools.partial(
                 flags_of_weights, [self._rows[i] for i in self._here], [keep[i] for i in self._here]
             ),
             None if self._layers.parameters is None else functools.partial(self._goes, keep),
         )
-
-
-class _Slices(NamedTuple):
-    """What goes of rows of which no one knows what reads their channels."""
-
-    groups: list[SavedGroup]
-
-    def compact(self, verify: bool, inplace: bool, example_inputs: Any) -> NoReturn:
-        raise RuntimeError(NOT_COUPLED)
-
-
-def _slices(rows: Sequence[Row], keep: Sequence[Tensor]) -> _Slices:
-    """What each row's flags prune."""
-    groups = []
-    for row, flags in zip(rows, keep, strict=True):
-        members = []
-        for weight, dim, kept, part, _ in flags_of_weights([row], [flags]):
-            pruned = (~kept).nonzero().flatten().tolist()
-            bounds = None if part is None else (part.dim, part.start, part.length)
-            members.append(SavedMember(weight.names, weight.shape, dim, pruned, bounds))
-        groups.append(SavedGroup(members, []))
-    return _Slices(groups)
-
-
-def _details(
-    rows: Sequence[Row], arrangement: Arrangement, flags: Tensor, selection: Mapping[str, Any]
-) -> Details:
-    """What a plan says of the choice of an arrangement."""
-    size = selection["group_size"]
-    keep = flags.split(arrangement.layers.channels)
-    kept = [int(each[::size].sum()) for each in keep]
-    ranked = list(zip(arrangement.ranked(), kept, strict=True))
-    names = [known for row in rows for known in row.names]
-    owners = [row for row in rows for _ in range(row.rankings)]
-    entries = [
-        _entry(known[0], row, *each, size) for known, row, each in zip(names, owners, ranked, strict=True)
-    ]
-    parameters = arrangement.layers.parameters
-    if parameters is not None:
-        entries = _counted_once(entries, arrangement, parameters, keep)
-    cut = arrangement.cut(flags) if selection["scope"] == "global" else None
-    return Details(
-        entries, names, cut, ranked, None if parameters is None else arrangement.all_left("parameters")
-    )
-
-
-def _counted_once(
-    entries: Sequence[PlanEntry],
-    arrangement: Arrangement,
-    parameters: Sequence[Parameters],
-    keep: Sequence[Tensor],
-) -> list[PlanEntry]:
-    """Entries that say what each choice removes beyond the ones before it."""
-    every = arrangement.layers.channels
-    gone = [channels - left for channels, left in zip(every, arrangement.left, strict=True)]
-    touched: list[list[Parameters]] = [[] for _ in entries]  # by each layer
-    for each in parameters:
-        for i in {layer for layers in each.layers.values() for layer, _ in layers}:
-            touched[i].append(each)
-    counted = []
-    for i, entry in enumerate(entries):
-        before = sum(each.left(gone.__getitem__) for each in touched[i])
-        gone[i] = every[i] - int(keep[i].sum())
-        after = sum(each.left(gone.__getitem__) for each in touched[i])
-        counted.append(replace(entry, parameters_removed=before - after))
-    return counted
-
-
-def _entry(name: str, row: Row, norms: Tensor, kept: int, group_size: int) -> PlanEntry:
-    """What becomes of a ranking when so many of its groups stay, whose norms these are, by rank."""
-    left = norms.numel()
-    return PlanEntry(
-        name,
-        row.shape,
-        row.dim,
-        row.channels,
-        kept * group_size,
-        float(norms[kept - 1]) if kept else None,
-        float(norms[kept - 1] - norms[kept]) if 0 < kept < left else None,
-        (left - kept) * group_size * row.size,
-    )

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from lnprune.errors import named
-from lnprune.plans import fields
+from lnprune.plans import fields, saved_batches
+from lnprune.plans.saved_batches import SavedBatch
+from lnprune.steps.batches import channels_of
 
 
 class SavedMember(NamedTuple):
@@ -24,6 +26,7 @@ class SavedMember(NamedTuple):
         part: the part of the weight that counts, by its dim, first index and length; None: all of it.
         is_input: whether these slices read the channels.
         is_buffer: whether it is a buffer, which a plan only changes where channels leave the model.
+        batch: the matrix of the weight that the slices are in; None: all of it.
     """
 
     names: list[str]
@@ -33,10 +36,13 @@ class SavedMember(NamedTuple):
     part: tuple[int, int, int] | None = None
     is_input: bool = False
     is_buffer: bool = False
+    batch: SavedBatch | None = None
 
     @property
     def slices(self) -> int:
         """How many slices there are along the dim."""
+        if self.batch is not None:
+            return channels_of(self.shape, self.dim, self.batch.batch)
         is_along = self.part is not None and self.part[0] == self.dim
         return self.part[2] if is_along else self.shape[self.dim]  # type: ignore[index]
 
@@ -97,6 +103,7 @@ def _member(member: SavedMember) -> dict[str, Any]:
         **({} if member.part is None else {"part": list(member.part)}),
         **({"is_input": True} if member.is_input else {}),
         **({"is_buffer": True} if member.is_buffer else {}),
+        **({} if member.batch is None else {"batch": saved_batches.document_of(member.batch)}),
     }
 
 
@@ -131,7 +138,15 @@ def _member_of(values: dict[str, Any]) -> SavedMember:
     is_input, is_buffer = (
         fields.typed(values, key, bool) if key in values else False for key in ("is_input", "is_buffer")
     )
-    member = SavedMember(names, shape, dim, pruned, part, is_input, is_buffer)
+    batch = None
+    if "batch" in values:
+        with named("batch", "."):
+            batch = saved_batches.saved_batch(fields.typed(values, "batch", dict))
+            if (batch.shape, batch.dim) != (shape, dim):
+                raise ValueError(
+                    f"shape: expected {shape} with channels along {dim}, got {batch.shape}, {batch.dim}"
+                )
+    member = SavedMember(names, shape, dim, pruned, part, is_input, is_buffer, batch)
     if not all(0 <= k < member.slices for k in pruned):
         raise ValueError(f"pruned: expected indices of {member.slices} slices, got others")
     return member
