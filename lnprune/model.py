@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lnprune.plans.plan import Plan
 from lnprune.plans.plan_file import SavedPlan
 from lnprune.plans.selection import Normalize, Of
 from lnprune.removal.removed import removed_of
+from lnprune.steps.batches import Batch
 from lnprune.steps.flags import Amount
 from lnprune.steps.in_place import write_in_place
 from lnprune.steps.norms import Order
@@ -38,9 +39,14 @@ if TYPE_CHECKING:
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
 
 
-def _one_or_all(amounts: list[Any]) -> Any:
-    """An amount, where it is the same for all rankings of a weight, or a tuple with that of each."""
-    return tuple(amounts) if any(amount is not amounts[0] for amount in amounts) else amounts[0]
+def _amounts(given: Any, names: Sequence[str], batches: Sequence[Batch | None]) -> list[Any]:
+    """The amount of each parameter; a tuple where those of its rankings differ."""
+    if not (any(batches) and isinstance(given, Mapping)):
+        return per_name(given, names, "amount")
+    known = [names_of(name, batch) for name, batch in zip(names, batches, strict=True)]
+    each = iter(per_name(given, [name for rankings in known for name in rankings], "amount"))
+    found = [tuple(next(each) for _ in rankings) for rankings in known]
+    return [amounts if any(one is not amounts[0] for one in amounts) else amounts[0] for amounts in found]
 
 
 def local_structured(
@@ -105,14 +111,13 @@ def local_structured(
         if not permanent:
             for weight in weights:
                 weight.check_holds_mask()
-        names = [names_of(weight.name, batch) for weight, batch in zip(weights, batches, strict=True)]
-        each = iter(per_name(amount, [name for known in names for name in known], "amount"))
-        amounts = [_one_or_all([next(each) for _ in known]) for known in names]
+        names = [weight.name for weight in weights]
+        amounts = _amounts(amount, names, batches)
         # One at a time: thousands of them at once would keep the garbage collector busy.
         targets = (
             Target(
                 *(name, module, attribute, along, share, None, None if score is tensor else score),
-                batch=batch,
+                *(None, batch),
             )
             for weight, along, batch, tensor, score, share in zip(
                 weights, dims, batches, tensors, scores, amounts, strict=True

@@ -254,6 +254,21 @@ def test_repeated_pruning_counts_what_each_expert_has_left(amount, like_torch):
     assert torch.equal(model.up_mask, torch.stack(apart))
 
 
+def test_no_more_is_pruned_again_than_an_expert_has_left():
+    model = Experts()
+    lnprune.local_structured(
+        model, {f"up[{i}]": i for i in range(EXPERTS)}, 2, 1, batch_dim=0, include="up"
+    )
+    before = model.up_mask.clone()
+    with pytest.raises(
+        ValueError, match=r"up: amount=8 should be smaller than the number of parameters to"
+    ):
+        lnprune.local_structured(model, 8, 2, 1, batch_dim=0, include="up")
+    assert torch.equal(model.up_mask, before)
+    lnprune.local_structured(model, 7, 2, 1, batch_dim=0, include="up")
+    assert [int(mask[:, 0].sum()) for mask in model.up_mask] == [OUT - i - 7 for i in range(EXPERTS)]
+
+
 def test_a_saved_plan_comes_back(tmp_path):
     model = Experts()
     plan = lnprune.rank(model, 2, 2, batch_dim=0, include=[*NAMES]).select(0.3, scope="global")
@@ -302,6 +317,16 @@ def damaged(tmp_path, change):
 )
 def test_a_damaged_plan_says_which_field(tmp_path, change, says):
     assert re.search(says, damaged(tmp_path, change))
+
+
+def test_weights_that_modules_share_have_one_batch():
+    model = nn.ModuleList([Experts(), Experts()])
+    model[1].up = model[0].up
+    pairs = [(model[0], "up"), (model[1], "up")]
+    with pytest.raises(
+        ValueError, match=r"shares its weight with 0\.up, so expected one batch_dim and one batch_size"
+    ):
+        lnprune.rank(pairs, 2, 2, batch_dim=[0, 1])
 
 
 def test_weights_that_modules_share_are_one():

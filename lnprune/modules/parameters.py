@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnprune.errors import per_name, shown
-from lnprune.modules.batching import batch_of, per_parameter
+from lnprune.modules.batching import UNSAID, batch_of, per_parameter
 from lnprune.modules.finding import Found, Patterns, find, is_masked, named_modules, uncalled
 from lnprune.modules.layer_types import KNOWN, bare_name, known_weights, never_called
 from lnprune.modules.sharded import check_is_sharded
@@ -236,7 +236,9 @@ def collect(
         if not -tensor.dim() <= along < tensor.dim():
             raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
         given_dim, along = along, along % tensor.dim()
-        batch = batch_of(name, tensor.shape, along, batch_word, size, like.batch_dim)
+        batch = None
+        if batch_word is not UNSAID or size is not UNSAID or like.batch_dim is not None:
+            batch = batch_of(name, tensor.shape, along, batch_word, size, like.batch_dim)
         identity: Any = id(tensor)
         if attribute not in own_parameters(module):
             # Its masked weight is its own, its original may be shared.
@@ -244,7 +246,7 @@ def collect(
                 id(own_parameters(module)[attribute + "_orig"]),
                 id(own_buffers(module)[attribute + "_mask"]),
             )
-        weight, *there = by_identity.get(identity, (None, along, batch))
+        weight, of_weight, its_batch = by_identity.get(identity, (None, along, batch))
         if weight is None:
             weight = Weight([name], tensor.shape, [(module, attribute)])
             by_identity[identity] = weight, along, batch
@@ -252,14 +254,14 @@ def collect(
             tensors.append(tensor)
             dims.append(given_dim)
             batches.append(batch)
-        elif there == [along, batch]:
+        elif of_weight == along and its_batch == batch:
             weight.names.append(name)
             weight.places.append((module, attribute))
         else:
-            of_weight: Any = there[0]
             if along == of_weight:
                 raise ValueError(
-                    f"{name}: shares its weight with {weight.name}, so expected one batch for both"
+                    f"{name}: shares its weight with {weight.name}, so expected one batch_dim and one "
+                    "batch_size for both"
                 )
             raise ValueError(
                 f"{name}: shares its weight with {weight.name}, so expected one dim for both, got {along} "

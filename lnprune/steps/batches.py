@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lnprune.steps.layouts import keeps_strides
 
+_NONE: list[int] = []  # nobody changes it
+
 
 class Batch(NamedTuple):
     """A dim that counts as two: so many matrices, and what is left of the dim within each of them."""
@@ -62,7 +64,7 @@ def _is_whole(shape: Sequence[int], batch: Batch) -> bool:
 def numbers(batches: Sequence[Batch | None]) -> list[int]:
     """What native ops take: a dim and a count for each tensor, or nothing where no tensor has a batch."""
     if not any(batches):
-        return []
+        return _NONE
     return [number for batch in batches for number in batch or (0, 1)]
 
 

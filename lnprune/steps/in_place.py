@@ -226,19 +226,19 @@ def _checked(requests: Sequence[Request], n: Any, p: float | None) -> tuple[list
                 is_native = is_native and is_outside(tensor, request.dim, request.held_batch)
             (native if is_native else plain).append(request)
             if request.keep is None:
-                amounts = request.amount if isinstance(request.amount, tuple) else (request.amount,)
-                for amount in amounts:
-                    if amount is not checked:
+                batch, amounts = request.batch, request.amount
+                is_one = type(amounts) is not tuple
+                if amounts is not checked:
+                    for amount in (amounts,) if is_one else amounts:
                         validate_pruning_amount_init(amount)
-                        checked = amount
-                batch = request.batch
-                request.count = pruned_count(scores, amounts[0], request.dim, batch)
+                    checked = amounts
+                request.count = pruned_count(scores, amounts if is_one else amounts[0], request.dim, batch)
                 together = scores is tensor or (
                     ops.are_native(scores, tensor) and is_outside(scores, request.dim, batch)
                 )
                 if _is_sharded(request):
                     pass  # ranked with the others
-                elif not is_native or p is None or not together or len(amounts) > 1:
+                elif not is_native or p is None or not together or not is_one:
                     counts = pruned_counts(scores, request.amount, request.dim, batch)
                     request.keep = keep_flags(scores, n, request.dim, counts, batch)
             else:

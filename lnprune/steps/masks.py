@@ -157,12 +157,14 @@ def _prepare(request: Request, n: Any, p: float | None) -> bool:
     if request.container is not None:
         return False
     if old_mask is None:
-        if not (ops.are_native(scores, request.original) and is_outside(scores, dim, batch)):
+        if not ops.are_native(scores, request.original):
             return False
-        if request.keep is None and isinstance(request.amount, tuple):
-            request.keep = keep_flags(
-                scores, n, dim, pruned_counts(scores, request.amount, dim, batch), batch
-            )
+        if batch is not None:
+            if not is_outside(scores, dim, batch):
+                return False
+            if request.keep is None and isinstance(request.amount, tuple):
+                counts = pruned_counts(scores, request.amount, dim, batch)
+                request.keep = keep_flags(scores, n, dim, counts, batch)
         if request.keep is None:
             count = pruned_count(scores, request.amount, dim, batch)
             if count == 0:
