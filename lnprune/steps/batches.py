@@ -41,7 +41,8 @@ def matrices(tensor: Tensor, batch: Batch) -> Tensor:
 
     A batch dim of which nothing is left within a matrix is none of its dims, if it has two others.
     """
-    parts = tensor.unflatten(batch.dim, (batch.size, -1)).movedim(batch.dim, 0)
+    rest = tensor.shape[batch.dim] // max(1, batch.size)  # a shard may have no matrix
+    parts = tensor.unflatten(batch.dim, (batch.size, max(1, rest))).movedim(batch.dim, 0)
     return parts.squeeze(batch.dim + 1) if _is_whole(tensor.shape, batch) else parts
 
 
