@@ -55,9 +55,10 @@ def _of_matrices(
 ) -> Tensor:
     """What is found of each matrix, one after another."""
     parts, dim = matrices(tensor, batch), dim_in_matrix(tensor.shape, dim, batch)
-    return torch.cat(
-        [rank(part if part.dim() > 1 else part.unsqueeze(-1), n, dim, *more) for part in parts]
-    )
+    if len(parts) == 0:  # of a shard
+        return tensor.new_empty(0, dtype=torch.float64)
+    parts = parts if parts.dim() > 2 else parts.unsqueeze(-1)
+    return torch.cat([rank(part, n, dim, *more) for part in parts])
 
 
 def check_slices(tensor: Tensor, n: Any, dim: int) -> None:
