@@ -162,7 +162,7 @@ def write_mask(
     if batch is not None:
         parts, along = matrices(new_mask, batch), dim_in_matrix(scores.shape, dim, batch) + 1
         shape = [batch.size, *[1] * (parts.dim() - 1)]
-    shape[along] = -1
+    shape[along] = parts.shape[along]
     parts += keep.reshape(shape).to(new_mask.device, new_mask.dtype)
     if mask is not None:
         new_mask *= mask.to(new_mask.dtype)
