@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lnprune.expert_rows import expert_rows
 from lnprune.modules.batching import BatchDim
-from lnprune.modules.finding import Patterns
+from lnprune.modules.finding import Patterns, left_out
 from lnprune.modules.parameters import Dim, Parameters, collect, repeatable
 from lnprune.modules.scores import is_given, scores_of
 from lnprune.modules.sharded import parameters_of
@@ -32,6 +34,7 @@ def rank(
     *,
     batch_dim: BatchDim = None,
     batch_size: BatchDim = None,
+    experts: Literal["intermediate"] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     group: ProcessGroup | None = None,
@@ -61,6 +64,9 @@ def rank(
             pattern, of those that have one.
         batch_size: of a ``batch_dim`` that holds the matrices one after another, how many they are, as
             heads in ``[heads * head_dim, in]``; given as ``batch_dim`` is, which may be the channels' dim.
+        experts: ``"intermediate"``: rank the intermediate channels of the experts of known layers, each by
+            the norm of all that belongs to it: its rows of gate and up projection, their biases, and its
+            column of the down projection. A plan prunes all of these together: experts get narrower.
         include: of a module, the weights to take: patterns as in :mod:`fnmatch` for the name of the
             parameter or of its module, and types of modules. A pattern that matches none of the weights
             above is looked for among all parameters of two dims or more, and a type beyond the ones above
@@ -106,10 +112,16 @@ def rank(
                 "ln_structured or local_structured, or rank outside of it"
             )
         weights, _, dims, batches = collect(parameters, dim, include, exclude, batch_dim, batch_size)
-        rows = []
+        of_experts, unknown = ([], []) if experts is None else expert_rows(parameters, experts, weights)
+        owners = {member.weight: row for row in of_experts for member in row.members}
+        found: dict[Row, None] = {}  # in order
         for weight, along, batch in zip(weights, dims, batches, strict=True):
             member = Member(weight, along % len(weight.shape), batch=batch)
-            rows.append(Row(weight.name, member.along, [member]))
+            row = owners.get(weight)
+            found[Row(weight.name, member.along, [member]) if row is None else row] = None
+        rows = list(found)
+        known = set(weights)
+        weights += [weight for weight in owners if weight not in known]
         measured, masks = current_values(weights)
         scores = scores_of(weights, list(measured.values()), importance_scores)
         values = list(measured.values())
@@ -117,4 +129,12 @@ def rank(
             "rank", n, [row.name for row in rows], dims, batches, values, scores, is_given(scores, values)
         )
         by_weight = dict(zip(weights, scores, strict=True))
-        return measure(rows, n, measured, by_weight, masks, group=others)
+        said: Callable[[], list[str]] = list
+        if isinstance(parameters, nn.Module) and include is None:
+            names = frozenset(name for weight in weights for name in weight.names)
+            said = functools.partial(_left_out, parameters, names, unknown)
+        return measure(rows, n, measured, by_weight, masks, group=others, left_out=said)
+
+
+def _left_out(model: nn.Module, names: Collection[str], unknown: list[str]) -> list[str]:
+    return [*unknown, *left_out(model, names)]

@@ -22,6 +22,7 @@ from lnprune.modules.sharded import parameters_of
 from lnprune.modules.transaction import Transaction
 from lnprune.plans import plan_file
 from lnprune.plans.loading import loaded, weights_of
+from lnprune.plans.outcome import NotCoupled
 from lnprune.plans.plan import Plan
 from lnprune.plans.plan_file import SavedPlan
 from lnprune.plans.selection import Normalize, Of
@@ -271,5 +272,7 @@ def _loaded(saved: SavedPlan, parameters: Parameters) -> Plan:
     weights = placed(weights_of(saved), parameters)
     if saved.groups is None:
         return loaded(saved, weights)
+    if any(member.batch is not None for group in saved.groups for member in group.members):
+        return loaded(saved, weights, functools.partial(NotCoupled, saved.groups))
     model = parameters if isinstance(parameters, nn.Module) else None
     return loaded(saved, weights, functools.partial(removed_of, saved, model))

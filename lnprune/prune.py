@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
 from lnprune.modules.application import install
-from lnprune.modules.finding import parameter_of
+from lnprune.modules.masked import parameter_of
 from lnprune.modules.registration import Target, check_not_in_inference_mode
 from lnprune.modules.sharded import parameters_inside
 from lnprune.modules.transaction import Snapshot, Transaction

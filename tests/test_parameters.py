@@ -533,7 +533,8 @@ REFUSED = {
         (
             ValueError,
             "Sequential has no weights of the types that are taken by themselves (Linear, convolutions, "
-            "Embedding, MultiheadAttention and transformers' Conv1D), and no other parameters of two dims",
+            "Embedding, MultiheadAttention, transformers' Conv1D and experts), and no other parameters of "
+            "two dims",
         ),
     ),
     "model of other types": (
@@ -542,7 +543,8 @@ REFUSED = {
         (
             ValueError,
             "Sequential has no weights of the types that are taken by themselves (Linear, convolutions, "
-            "Embedding, MultiheadAttention and transformers' Conv1D), but parameters of two dims or more "
+            "Embedding, MultiheadAttention, transformers' Conv1D and experts), but parameters of two "
+            "dims or more "
             "in Projection (2), LSTM (2): include them by type or by name, as in include=Projection or "
             "include='0.kernel'",
         ),
@@ -628,9 +630,9 @@ REFUSED = {
         {"include": [nn.Linear, nn.Bilinear], "dim": "out"},
         (
             ValueError,
-            "mix.weight: dim='out' is known for Linear, convolutions, Embedding, MultiheadAttention and "
-            "transformers' Conv1D, got 'weight' of Bilinear: give its dim as a number, or teach it: "
-            "include={Bilinear: {'out': 0, 'in': 1}}",
+            "mix.weight: dim='out' is known for Linear, convolutions, Embedding, MultiheadAttention, "
+            "transformers' Conv1D and experts, got 'weight' of Bilinear: give its dim as a number, or "
+            "teach it: include={Bilinear: {'out': 0, 'in': 1}}",
         ),
     ),
     "no dim": (

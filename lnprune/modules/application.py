@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lnprune.errors import named
 from lnprune.modules.backup import Backup
-from lnprune.modules.finding import parameter_of
 from lnprune.modules.kept_zeros import keep_zeros
 from lnprune.modules.layer_types import bias_part, known_weights
+from lnprune.modules.masked import parameter_of
 from lnprune.modules.parameters import Weight, current_tensor
 from lnprune.modules.registration import ParameterState, Part, Pruning, Target, unregister
 from lnprune.modules.sharded import check_is_sharded, check_takes_mask, kept_by_fsdp, parameters_at

@@ -50,7 +50,7 @@ def _matches(pattern: Any, name: str) -> bool:
 
 
 def batch_of(
-    name: str, shape: Sequence[int], dim: int, batch_dim: Any, batch_size: Any, known: int | None
+    name: str, shape: Sequence[int], dim: int, batch_dim: Any, batch_size: Any, known: Batch | None
 ) -> Batch | None:
     """The batch of a parameter whose channels lie along ``dim``.
 
@@ -60,9 +60,11 @@ def batch_of(
         dim: counted from the first.
         batch_dim: what is said of it: a number, None for no batch, or UNSAID.
         batch_size: the same of how many matrices lie along it.
-        known: the batch dim that the parameter's module is known to have.
+        known: the batch that the parameter's module is known to have. Where its matrices are the channels,
+            as whole experts are, there is none.
     """
-    batch_dim = known if batch_dim is UNSAID and known != dim else batch_dim
+    if batch_dim is UNSAID and batch_size is UNSAID and known is not None:
+        return None if known.dim == dim and known.size == shape[dim] else known
     batch_size = None if batch_size is UNSAID else batch_size
     if batch_dim is UNSAID or batch_dim is None:
         if batch_size is not None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnprune.errors import shown
+from lnprune.modules.expert_layers import expert_weights, packed_experts
 from lnprune.modules.layer_types import KNOWN, Dims, known_weights, uncalled_children, wrapped_child
-from lnprune.torch_internals import own_buffers, own_modules, own_parameters
+from lnprune.modules.masked import is_masked, parameter_of
+from lnprune.steps.batches import Batch
+from lnprune.torch_internals import own_modules, own_parameters
 
 Pattern = Union[str, type]
 Patterns = Union[Pattern, Iterable[Pattern], Mapping[Any, Union[Mapping[str, int], None]], None]
@@ -26,20 +29,7 @@ class Found(NamedTuple):
     attribute: str
     dims: Dims | None = None  # of its outputs and inputs, where they are known
     like: int | None = None  # the index of the place through whose weight, which it shares, it was found
-    batch_dim: int | None = None  # of its experts, where the module is known to have them
-
-
-def is_masked(module: nn.Module, attribute: str) -> bool:
-    """Whether the attribute is a masked weight. Spectral norm has an ``_orig`` too, but no mask."""
-    return attribute + "_orig" in own_parameters(module) and attribute + "_mask" in own_buffers(module)
-
-
-def parameter_of(module: nn.Module, attribute: str) -> Tensor | None:
-    """The parameter behind an attribute, masked or not."""
-    parameter = own_parameters(module).get(attribute)
-    if parameter is None and is_masked(module, attribute):
-        return own_parameters(module)[attribute + "_orig"]
-    return parameter
+    batch: Batch | None = None  # of its experts, where the module is known to have them
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
@@ -170,6 +160,8 @@ def find(
         for attribute, dims in known_weights(module).items():
             if _is_known(module, attribute):
                 found.append(_found(path, module, attribute, dims))
+        for attribute, (dims, batch) in expert_weights(module).items():
+            found.append(_found(path, module, attribute, dims)._replace(batch=batch))
     if included.patterns:
         found = _included(model, modules, included, found)
     if not found:
@@ -239,6 +231,27 @@ def _others(modules: Sequence[tuple[str, nn.Module]], known: Sequence[Found]) ->
             if (id(module), attribute) not in there:
                 others.append(_found(path, module, attribute))
     return others
+
+
+def left_out(model: nn.Module, names: Collection[str]) -> list[str]:
+    """What may hold experts and is none of these parameters: a sentence for each, with what would do it."""
+    modules = named_modules(model)
+    found = []
+    for path, module in modules:
+        for attribute, tensor in packed_experts(module).items():
+            entry = _found(path, module, attribute)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            found.append(f"{entry.name}: is packed or scaled, {dtype}: convert the model to rank it")
+    for entry in _others(modules, []):
+        held = parameter_of(entry.module, entry.attribute)
+        if held is None or held.dim() < 3 or entry.name in names or not held.is_floating_point():
+            continue
+        if entry.attribute not in known_weights(entry.module):
+            found.append(
+                f"{entry.name}: is not known, shape {tuple(held.shape)}: include={entry.name!r} takes "
+                "it, with its dim and, for experts, batch_dim"
+            )
+    return found
 
 
 def _found(path: str, module: nn.Module, attribute: str, dims: Dims | None = None) -> Found:

@@ -34,7 +34,7 @@ _OTHERS = {
     "transformers.modeling_utils.Conv1D": Dims(1, 0),
 }
 # For messages.
-KNOWN = "Linear, convolutions, Embedding, MultiheadAttention and transformers' Conv1D"
+KNOWN = "Linear, convolutions, Embedding, MultiheadAttention, transformers' Conv1D and experts"
 
 
 # Types come and go, those of parametrized modules say: what was found of them is kept for some.
@@ -42,7 +42,7 @@ _by_type = functools.lru_cache(maxsize=1024)
 
 
 @_by_type
-def _names(kind: type) -> list[str]:
+def names_of_type(kind: type) -> list[str]:
     """The names of a class and of its bases."""
     return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
 
@@ -53,7 +53,7 @@ def _weights_of_type(kind: type) -> Mapping[str, Dims]:
         return {"weight": Dims(0, 1)}
     if issubclass(kind, _COLUMNS):
         return {"weight": Dims(1, 0)}
-    for name in _names(kind):  # type: ignore[arg-type]
+    for name in names_of_type(kind):  # type: ignore[arg-type]
         if name in _OTHERS:
             return {"weight": _OTHERS[name]}
     return {}
@@ -92,6 +92,7 @@ _UNCALLED = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("qkv", "proj"),
+    "transformers.models.dbrx.modeling_dbrx.DbrxExperts": ("mlp",),  # called after they are read
 }
 
 
@@ -138,7 +139,7 @@ def wrapped_child(module: nn.Module) -> nn.Module | None:
     for name in WRAPPED_CHILDREN:
         if (child := children.get(name)) is not None:
             return child
-    if "module" in children and any(name in _WRAPPERS for name in _names(type(module))):  # type: ignore[arg-type]
+    if "module" in children and any(name in _WRAPPERS for name in names_of_type(type(module))):  # type: ignore[arg-type]
         return children["module"]
     return None
 

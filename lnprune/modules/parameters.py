@@ -13,8 +13,10 @@ from torch.nn.utils import parametrize
 
 from lnprune.errors import per_name, shown
 from lnprune.modules.batching import UNSAID, batch_of, per_parameter
-from lnprune.modules.finding import Found, Patterns, find, is_masked, named_modules, uncalled
+from lnprune.modules.expert_layers import expert_weights
+from lnprune.modules.finding import Found, Patterns, find, named_modules, uncalled
 from lnprune.modules.layer_types import KNOWN, bare_name, known_weights, never_called
+from lnprune.modules.masked import is_masked
 from lnprune.modules.sharded import check_is_sharded
 from lnprune.steps.batches import Batch
 from lnprune.torch_internals import own_buffers, own_modules, own_parameters
@@ -29,7 +31,7 @@ class Weight:
 
     ``names`` has an entry for each module that shares the weight, and so has ``places``, module and
     attribute; a weight that lives in no module has none. ``reader``, if any, is what reads the weight and
-    never calls the module that has it.
+    goes past the module that has it.
     """
 
     __slots__ = ("names", "places", "reader", "shape")
@@ -54,7 +56,7 @@ class Weight:
         """Raises ValueError where no hook would renew a masked weight."""
         if self.reader is not None:
             raise ValueError(
-                f"{self.name}: {self.reader} reads this weight itself and never calls the module that has "
+                f"{self.name}: {self.reader} reads this weight itself, not through the module that has "
                 "it, so that no hook would renew what a mask leaves of it: exclude the weight, or prune it "
                 "with permanent=True"
             )
@@ -152,7 +154,10 @@ def _listed(parameters: Iterable[tuple[nn.Module, str]]) -> list[Found]:
         ):
             raise TypeError(f"parameter {i}: expected a pair (module, name), got {shown(entry)}")
         module, attribute = entry
-        found.append(Found(f"{i}.{attribute}", module, attribute, known_weights(module).get(attribute)))
+        dims, batch = known_weights(module).get(attribute), None
+        if dims is None:
+            dims, batch = expert_weights(module).get(attribute, (None, None))
+        found.append(Found(f"{i}.{attribute}", module, attribute, dims, batch=batch))
     return found
 
 
@@ -237,8 +242,8 @@ def collect(
             raise IndexError(f"{name}: dim {along} is out of range for shape {tuple(tensor.shape)}")
         given_dim, along = along, along % tensor.dim()
         batch = None
-        if batch_word is not UNSAID or size is not UNSAID or like.batch_dim is not None:
-            batch = batch_of(name, tensor.shape, along, batch_word, size, like.batch_dim)
+        if batch_word is not UNSAID or size is not UNSAID or like.batch is not None:
+            batch = batch_of(name, tensor.shape, along, batch_word, size, like.batch)
         identity: Any = id(tensor)
         if attribute not in own_parameters(module):
             # Its masked weight is its own, its original may be shared.

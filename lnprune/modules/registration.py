@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import LnStructured as StockLnStructured
 
-from lnprune.modules.finding import parameter_of
+from lnprune.modules.masked import parameter_of
 from lnprune.modules.parameters import check_not_parametrized
 from lnprune.steps.batches import Batch
 from lnprune.steps.bits import bits

@@ -17,7 +17,7 @@ from lnprune.plans.saved_groups import SavedGroup, SavedMember
 from lnprune.plans.selection import Arrangement
 
 
-class _Slices(NamedTuple):
+class NotCoupled(NamedTuple):
     """What goes of rows of which no one knows what reads their channels."""
 
     groups: list[SavedGroup]
@@ -26,7 +26,7 @@ class _Slices(NamedTuple):
         raise RuntimeError(NOT_COUPLED)
 
 
-def slices_that_go(rows: Sequence[Row], keep: Sequence[Tensor]) -> _Slices:
+def slices_that_go(rows: Sequence[Row], keep: Sequence[Tensor]) -> NotCoupled:
     """What each row's flags prune."""
     groups = []
     for row, flags in zip(rows, keep, strict=True):
@@ -38,7 +38,7 @@ def slices_that_go(rows: Sequence[Row], keep: Sequence[Tensor]) -> _Slices:
                 pruned = (~kept.view(row.rankings, -1)[i]).nonzero().flatten().tolist()
                 members.append(SavedMember(weight.names, weight.shape, dim, pruned, part, batch=saved))
             groups.append(SavedGroup(members, []))
-    return _Slices(groups)
+    return NotCoupled(groups)
 
 
 def _batches_of(row: Row) -> list[SavedBatch | None]:

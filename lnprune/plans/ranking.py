@@ -34,6 +34,7 @@ def measure(
     masks: Mapping[Weight, Tensor] | None = None,
     coupled: Callable[[Sequence[Tensor]], Coupled] | None = None,
     group: Group | None = None,
+    left_out: Callable[[], list[str]] = list,
 ) -> Ranking:
     """Measures the channels of rows.
 
@@ -45,6 +46,7 @@ def measure(
         masks: those of weights that have one.
         coupled: as for :class:`Ranking`.
         group: ranks whose rows are ranked with these.
+        left_out: as for :class:`Ranking`.
     """
     scores, masks = tensors if scores is None else scores, masks or {}
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -75,7 +77,8 @@ def measure(
         for row, each in zip(rows, norms, strict=True):
             _check_has_values(row, each)
         found, here = together(found, n, group)
-    return Ranking(found.rows, n, found.norms, found.mask_counts, found.element_counts, coupled, here)
+    counts = found.mask_counts, found.element_counts
+    return Ranking(found.rows, n, found.norms, *counts, coupled, here, left_out)
 
 
 def _check_has_values(row: Row, norms: Tensor) -> None:
@@ -103,12 +106,14 @@ class Ranking:
         # Of coupled channels: from keep flags of all rows to where the channels that go are in the model.
         coupled: Callable[[Sequence[Tensor]], Coupled] | None = None,
         here: range | None = None,  # the rows of this process; None: all
+        left_out: Callable[[], list[str]] = list,  # what is not ranked, and what would do it
     ):
         self.n = n
         self._rows = rows
         self._norms = norms
         self._mask_counts = mask_counts or {}
         self._element_counts = element_counts or {}
+        self._left_out = left_out
         self._here = range(len(rows)) if here is None else here
         self._goes = functools.partial(slices_that_go, rows) if coupled is None else coupled
         self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
@@ -134,6 +139,10 @@ class Ranking:
     def __repr__(self) -> str:
         channels = sum(norms.numel() for norms in self._norms)
         return f"Ranking({len(self)} parameters, {channels} channels, n={self.n!r})"
+
+    def __str__(self) -> str:
+        said = self._left_out()
+        return "\n".join([repr(self), *(f"left out: {each}" for each in said)])
 
     @functools.cached_property
     def _layers(self) -> Layers:

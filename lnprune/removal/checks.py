@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnprune.errors import shown
-from lnprune.modules.finding import is_masked
+from lnprune.modules.masked import is_masked
 from lnprune.modules.parameters import check_is_eager
 from lnprune.modules.sharded import kept_by_fsdp
 from lnprune.steps.local import is_wrapper

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
-from lnprune.modules.finding import is_masked
+from lnprune.modules.masked import is_masked
 from lnprune.modules.registration import unregister
 from lnprune.modules.transaction import Transaction
 from lnprune.plans.saved_groups import Attribute

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
-from lnprune.modules.finding import is_masked
+from lnprune.modules.masked import is_masked
 from lnprune.plans.plan_file import SavedPlan
 from lnprune.plans.saved_groups import SavedGroup, SavedMember
 from lnprune.removal.checks import checked_tensors, prepared_inputs

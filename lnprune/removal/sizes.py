@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lnprune.modules.finding import is_masked
+from lnprune.modules.masked import is_masked
 from lnprune.torch_internals import own_buffers, own_parameters
 
 # Of a module whose slices are gone and the shapes that its parameters and buffers had: sets its attributes.
