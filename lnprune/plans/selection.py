@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -192,17 +193,18 @@ class Arrangement:
             (left - kept * self.step) // self.group_size
             for left, kept in zip(self.left, blocks, strict=True)
         ]
-        indices = [i for i, groups in enumerate(self.groups) if groups]
-        if not indices:
+        # Layers of one size that follow one another, as experts do, are the rankings of one tensor.
+        rankings, sizes = [], []
+        for groups, layers in itertools.groupby(self.groups):
+            rankings.append(sum(1 for _ in layers))
+            sizes.append(groups * rankings[-1])
+        counts = [count for count, groups in zip(counts, self.groups, strict=True) if groups]
+        rankings = [count for count, size in zip(rankings, sizes, strict=True) if size]
+        sizes = [size for size in sizes if size]
+        if not sizes:
             return torch.empty(0, dtype=torch.bool, device="cpu")
-        alive = [] if self.alive is None else list(self.alive.double().split(self.groups))
-        norms = self.norms.split(self.groups)
-        flags = ops.select_channels(
-            [norms[i] for i in indices],
-            [alive[i] for i in indices] if alive else [],
-            [counts[i] for i in indices],
-            [0.0] * len(indices),
-        )
+        alive = [] if self.alive is None else self.alive.double().split(sizes)
+        flags = ops.select_channels(self.norms.split(sizes), alive, counts, [0.0] * len(counts), rankings)
         return torch.cat(flags)
 
     @functools.cached_property
