@@ -35,6 +35,14 @@ constexpr int64_t element_bytes(ElementType type) {
   return kBytes[static_cast<int>(type)];
 }
 
+// What the elements of a tensor are multiplied by before they are ranked: a factor for each index
+// of one of its dims.
+struct Scaling {
+  const double* factors;  // null: elements count as they are
+  DimInView place;
+  int64_t matrix;  // from the factors of one matrix to those of the next; 0: they share them
+};
+
 // One tensor to rank: its elements, and room for one norm, or sum before the root, per channel of
 // each matrix.
 struct RankItem {
@@ -42,7 +50,13 @@ struct RankItem {
   ElementType type;
   Slices slices;
   double* norms;
+  Scaling scaling;
 };
+
+// Factors of each matrix keep matrices apart.
+inline Slices folded(const RankItem& item) {
+  return item.scaling.matrix == 0 ? folded(item.slices) : item.slices;
+}
 
 // Sums before the root, and room for the norms that are their roots.
 struct RootItem {
@@ -103,6 +117,7 @@ LNPRUNE_FUNCTION RankItem matrix_of(const RankItem& item, int64_t matrix) {
   one.elements = moved_by(item.elements, elements, item.type);
   one.slices.batch = 1;
   one.norms = moved_by(item.norms, matrix * item.slices.channels);
+  one.scaling.factors = moved_by(item.scaling.factors, matrix * item.scaling.matrix);
   return one;
 }
 

@@ -42,6 +42,9 @@ template <class Library>
 void define_ops(Library& library) {
   library.def("channel_norms(Tensor[] tensors, int[] dims, float p, int[] batches=[]) -> Tensor[]");
   library.def("channel_sums(Tensor[] tensors, int[] dims, float p, int[] batches=[]) -> Tensor[]");
+  library.def(
+      "scaled_norms(Tensor[] tensors, int[] dims, Tensor[] factors, int[] factor_dims, float p,"
+      " bool rooted=True, int[] batches=[]) -> Tensor[]");
   library.def("norms_of_sums(Tensor[] sums, float p) -> Tensor[]");
   library.def(
       "select_channels(Tensor[] norms, Tensor[] mask_counts, int[] counts, float[] fractions,"
@@ -80,6 +83,34 @@ class Ops {
 
   static Tensors channel_sums(Tensors tensors, Integers dims, double p, Integers batches) {
     return ranked(tensors, {dims, batches}, p, false);
+  }
+
+  // Norms, or sums before the root, of tensors whose elements are multiplied by a factor for each
+  // index of another dim: float64, as many as that dim has, or as many for each matrix.
+  static Tensors scaled_norms(Tensors tensors, Integers dims, Tensors factors, Integers factor_dims,
+                              double p, bool rooted, Integers batches) {
+    STD_TORCH_CHECK(factors.size() == tensors.size() && factor_dims.size() == tensors.size(),
+                    "lnprune: expected factors and their dim for each of ", tensors.size(),
+                    " tensors, got ", factors.size(), " and ", factor_dims.size());
+    const Along along{dims, batches};
+    const std::vector<View> views = views_along(tensors, along);
+    const NormOrder order = checked_order(p);
+    Tensors results;
+    StepsByDevice steps;
+    for (size_t i = 0; i < views.size(); ++i) {
+      const View& view = views[i];
+      results.push_back(
+          new_vector(view.slices.all_channels(), aoti_torch_dtype_float64(), view.device));
+      Steps& here = steps[view.device];
+      here.order = order;
+      here.rooted = rooted;
+      here.scores.push_back(
+          {view.tensor.const_data_ptr(), view.type, view.slices,
+           static_cast<double*>(results.back().mutable_data_ptr()),
+           scaling_of(view, dims[i], along.batch(i), factors[i], factor_dims[i])});
+    }
+    run(steps);
+    return results;
   }
 
   static Tensors norms_of_sums(Tensors sums, double p) {
@@ -256,6 +287,30 @@ class Ops {
     int32_t device;
     int64_t rankings;  // each of as many channels
   };
+
+  static Scaling scaling_of(const View& view, int64_t dim, Batch batch, const Tensor& factors,
+                            int64_t factor_dim) {
+    const auto sizes = view.tensor.sizes();
+    const int64_t dims = static_cast<int64_t>(sizes.size());
+    if (dim < 0) dim += dims;
+    if (batch.dim < 0) batch.dim += dims;
+    STD_TORCH_CHECK(
+        factor_dim >= 0 && factor_dim < dims && factor_dim != dim,
+        "lnprune: expected a dim of the factors from 0 on that is not the channels', got ",
+        factor_dim);
+    const DimInView place =
+        place_of_dim(sizes.data(), view.tensor.strides().data(), dims, dim, batch, factor_dim);
+    const double* values = doubles_of(factors, "factors");
+    check_device(factors, view.device, "factors");
+    const int64_t count = factors.numel();
+    const bool is_apart = count != place.length;
+    STD_TORCH_CHECK(!is_apart || count == batch.size * place.length, "lnprune: expected ",
+                    place.length, " factors, or as many for each matrix, got ", count);
+    STD_TORCH_CHECK(
+        !is_apart || view.slices.batch == batch.size,
+        "lnprune: expected a batch outside of all other dims for factors of each matrix");
+    return {values, place, is_apart ? place.length : 0};
+  }
 
   // The scratch memory of one device: the norms of all channels, where masks are counted their
   // counts, and their keep flags. Handed out tensor by tensor.
@@ -573,6 +628,7 @@ class Ops {
 #define LNPRUNE_IMPLEMENT_OPS(library, Backend)                                        \
   library.impl("channel_norms", TORCH_BOX(&lnprune::Ops<Backend>::channel_norms));     \
   library.impl("channel_sums", TORCH_BOX(&lnprune::Ops<Backend>::channel_sums));       \
+  library.impl("scaled_norms", TORCH_BOX(&lnprune::Ops<Backend>::scaled_norms));       \
   library.impl("norms_of_sums", TORCH_BOX(&lnprune::Ops<Backend>::norms_of_sums));     \
   library.impl("select_channels", TORCH_BOX(&lnprune::Ops<Backend>::select_channels)); \
   library.impl("write_masks", TORCH_BOX(&lnprune::Ops<Backend>::write_masks));         \

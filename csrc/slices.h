@@ -115,4 +115,26 @@ inline Slices make_slices(const int64_t* sizes, const int64_t* strides, int64_t 
   return {1, before, batch.size * channels, inner};
 }
 
+// Where the indices of another dim are in the view: element (outer, channel, inner) of a matrix has
+// index outer / step % length, or inner / step % length.
+struct DimInView {
+  bool in_rows;  // in outer, not in inner
+  int64_t step;
+  int64_t length;
+};
+
+inline DimInView place_of_dim(const int64_t* sizes, const int64_t* strides, int64_t dims,
+                              int64_t dim, Batch batch, int64_t other) {
+  const bool is_split = batch.size > 1;
+  const auto size_of = [&](int64_t d) {
+    return is_split && d == batch.dim ? sizes[d] / batch.size : sizes[d];
+  };
+  DimInView place{size_of(dim) > 1 && strides[other] > strides[dim], 1, size_of(other)};
+  for (int64_t d = 0; d < dims; ++d) {
+    if (d == dim || d == other || size_of(d) == 1 || strides[d] >= strides[other]) continue;
+    if (!place.in_rows || strides[d] > strides[dim]) place.step *= size_of(d);
+  }
+  return place;
+}
+
 }  // namespace lnprune

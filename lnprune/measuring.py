@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from lnprune.errors import shown
 from lnprune.expert_rows import expert_rows
 from lnprune.modules.batching import BatchDim
 from lnprune.modules.finding import Patterns, left_out
-from lnprune.modules.parameters import Dim, Parameters, collect, repeatable
-from lnprune.modules.scores import is_given, scores_of
+from lnprune.modules.parameters import Dim, Parameters, Weight, collect, repeatable
+from lnprune.modules.scores import checked_vector, factors_of, is_given, scores_of
 from lnprune.modules.sharded import parameters_of
 from lnprune.modules.values import current_values
 from lnprune.plans.ranking import Ranking, measure
@@ -35,6 +37,8 @@ def rank(
     batch_dim: BatchDim = None,
     batch_size: BatchDim = None,
     experts: Literal["intermediate"] | None = None,
+    scale: Mapping[str, Tensor] | None = None,
+    element_scale: Mapping[Any, Tensor] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     group: ProcessGroup | None = None,
@@ -67,6 +71,13 @@ def rank(
         experts: ``"intermediate"``: rank the intermediate channels of the experts of known layers, each by
             the norm of all that belongs to it: its rows of gate and up projection, their biases, and its
             column of the down projection. A plan prunes all of these together: experts get narrower.
+        scale: by name, what the norms of channels are multiplied by: float vectors of shape ``(channels,)``
+            or ``(matrices, channels)``, on the weight's device. Their absolute values count.
+        element_scale: by ``(module, name)`` or name, what elements are multiplied by before they are
+            ranked: float vectors with a factor for each index of the *other* dim, that of the inputs where
+            channels are outputs. The norm of a channel is then that of ``w[i, j] * v[j]``, in float64, and
+            no product tensor is made. For matrices and convolutions; where there is a ``batch_dim``, one
+            vector for all matrices, or a tensor of shape ``(matrices, length)``.
         include: of a module, the weights to take: patterns as in :mod:`fnmatch` for the name of the
             parameter or of its module, and types of modules. A pattern that matches none of the weights
             above is looked for among all parameters of two dims or more, and a type beyond the ones above
@@ -125,15 +136,60 @@ def rank(
         measured, masks = current_values(weights)
         scores = scores_of(weights, list(measured.values()), importance_scores)
         values = list(measured.values())
-        agreement.confirm(
-            "rank", n, [row.name for row in rows], dims, batches, values, scores, is_given(scores, values)
-        )
         by_weight = dict(zip(weights, scores, strict=True))
+        members = {member.weight: member for row in rows for member in row.members}
+        factors = factors_of(
+            weights,
+            measured,
+            {weight: member.dim for weight, member in members.items()},
+            {weight: member.batch for weight, member in members.items()},
+            element_scale,
+        )
+        scales = _scales(rows, measured, scale)
+        agreement.confirm(
+            *("rank", n, [row.name for row in rows], dims, batches, values, scores),
+            *(is_given(scores, values), list(scales), [weight.name for weight in factors]),
+        )
         said: Callable[[], list[str]] = list
         if isinstance(parameters, nn.Module) and include is None:
             names = frozenset(name for weight in weights for name in weight.names)
             said = functools.partial(_left_out, parameters, names, unknown)
-        return measure(rows, n, measured, by_weight, masks, group=others, left_out=said)
+        return measure(rows, n, measured, by_weight, masks, None, others, said, scales, factors)
+
+
+def _scales(
+    rows: Sequence[Row], tensors: Mapping[Weight, Tensor], given: Mapping[str, Tensor] | None
+) -> dict[int, Tensor]:
+    """What the norms of rows are multiplied by, by the index of the row."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"scale: expected a mapping from a name to a vector, got {shown(given)}")
+    index = {name: i for i, row in enumerate(rows) for name in row.known_as}
+    found: dict[int, Tensor] = {}
+    for name, vector in given.items():
+        base, bracket, number = name.rpartition("[")
+        i = index.get(name, index.get(base) if bracket else None)
+        is_one = name not in index
+        if i is None or (is_one and rows[i].members[0].batch is None):
+            raise ValueError(f"scale: {name!r} is none of the {len(rows)} parameters")
+        row = rows[i]
+        tensor = tensors[row.members[0].weight]
+        shape: tuple[int, ...] = (row.channels,)
+        if row.members[0].batch is not None and not is_one:
+            shape = row.rankings, row.channels
+        values = checked_vector(vector, [shape], tensor, f"{name}: scale").abs()
+        whole = found.setdefault(
+            i, torch.ones(row.rankings, row.channels, dtype=torch.float64, device=tensor.device)
+        )
+        if is_one:
+            number = number.removesuffix("]")
+            if not number.isdigit() or int(number) >= row.rankings:
+                raise ValueError(f"scale: {name!r} is none of the {row.rankings} rankings of {base}")
+            whole[int(number)] = values
+        else:
+            whole.copy_(values.view_as(whole))
+    return {i: whole.flatten() for i, whole in found.items()}
 
 
 def _left_out(model: nn.Module, names: Collection[str], unknown: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
@@ -33,9 +33,6 @@ from lnprune.steps.in_place import write_in_place
 from lnprune.steps.norms import Order
 from lnprune.steps.sharding import Agreement
 from lnprune.torch_internals import own_pre_hooks, pruned_name
-
-if TYPE_CHECKING:
-    pass
 
 Given = TypeVar("Given", bound=Parameters)  # a model, or pairs of modules and names
 
@@ -150,6 +147,9 @@ def global_structured(
     permanent: bool = False,
     batch_dim: BatchDim = None,
     batch_size: BatchDim = None,
+    experts: Literal["intermediate"] | None = None,
+    scale: Mapping[str, Tensor] | None = None,
+    element_scale: Mapping[Any, Tensor] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> Given:
@@ -182,6 +182,9 @@ def global_structured(
             importance_scores,
             batch_dim=batch_dim,
             batch_size=batch_size,
+            experts=experts,
+            scale=scale,
+            element_scale=element_scale,
             include=include,
             exclude=exclude,
         )

@@ -144,7 +144,7 @@ def test_no_module_is_longer_than_one_can_keep_in_mind(name):
 
 # The functions of ops.py and reference.py, by what they do.
 ASK = {"is_native", "are_native", "has_cuda"}
-RANK = {"channel_norms", "channel_sums", "norms_of_sums", "torch_norms"}
+RANK = {"channel_norms", "channel_sums", "scaled_norms", "norms_of_sums", "torch_norms"}
 WRITE = {"write_masks", "write_mask", "prune_channels", "prune_channels_", "zero_channels_"}
 
 

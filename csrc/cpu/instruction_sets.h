@@ -46,6 +46,9 @@ struct InstructionSet {
   const char* name;
   // One partial of 8 bytes per channel of the chunk.
   void (*reduce[kElementTypes][kNormKinds])(const Chunk& chunk, double p, void* partials);
+  // out[i] = elements[i] * factors[i], or, where `step` is 0, elements[i] * factors[0].
+  void (*scale[kElementTypes])(const void* elements, int64_t length, const double* factors,
+                               int64_t step, double* out);
   // norms[c], or the sum before the root: the partials of a chunk folded in their order, then the
   // chunks in theirs.
   void (*finish[kElementTypes][kNormKinds])(const Partials& partials, double p, bool rooted,

@@ -17,6 +17,7 @@ constexpr InstructionSet make_table(const char* name) {
   return {name,
           {{reduce<NonzeroCount, T>, reduce<Sum, T>, reduce<SquareSum, T>, reduce<Maximum, T>,
             reduce<Minimum, T>, reduce<HalfIntegerPowerSum, T>, reduce<PowerSum, T>}...},
+          {scale<T>...},
           {{finish<NonzeroCount, T>, finish<Sum, T>, finish<SquareSum, T>, finish<Maximum, T>,
             finish<Minimum, T>, finish<HalfIntegerPowerSum, T>, finish<PowerSum, T>}...},
           {root<NonzeroCount>, root<Sum>, root<SquareSum>, root<Maximum>, root<Minimum>,

@@ -24,6 +24,10 @@ constexpr int64_t kRunElementsPerChunk = 65536;
 // What depends on the threads, and so must not change a bit: how chunks are cut into strips. A
 // thread starts for this many elements, some ten microseconds of work, or more.
 constexpr int64_t kThreadElements = 65536;
+// Scaled elements are written to memory that stays in the caches, a strip of a chunk at a time: at
+// most so many, of so many rows where channels are columns.
+constexpr int64_t kScaledElements = 8192;
+constexpr int64_t kScaledRows = 64;
 // A strip has at least about this many columns: a cache line of float32.
 constexpr int64_t kFewestColumns = 16;
 
@@ -87,6 +91,83 @@ Chunks make_chunks(const Slices& slices, int64_t task_elements) {
   return chunks;
 }
 
+// The same of scaled elements, whose strips depend on the shape alone.
+Chunks make_scaled_chunks(const Slices& slices) {
+  Chunks chunks{};
+  chunks.groups = 1;
+  chunks.places = slices.channels;
+  chunks.run_per_chunk = std::min(slices.inner, kScaledElements);
+  chunks.rows_per_chunk = slices.inner < kShortestRun
+                              ? kScaledRows
+                              : std::max<int64_t>(1, kScaledElements / slices.inner);
+  const int64_t rows = std::min(chunks.rows_per_chunk, slices.outer);
+  chunks.places_per_strip = std::min(
+      chunks.places, std::max<int64_t>(1, kScaledElements / (rows * chunks.run_per_chunk)));
+  chunks.outer_chunks = divide_up(slices.outer, chunks.rows_per_chunk);
+  chunks.run_chunks = divide_up(slices.inner, chunks.run_per_chunk);
+  chunks.strips = divide_up(chunks.places, chunks.places_per_strip);
+  return chunks;
+}
+
+// The factors of each place in a run, one matrix after another, where they are not so already.
+std::vector<double> expanded(const RankItem& item) {
+  const DimInView& place = item.scaling.place;
+  const int64_t inner = item.slices.inner;
+  if (item.scaling.factors == nullptr || place.in_rows || place.length == inner) return {};
+  const int64_t matrices = item.scaling.matrix == 0 ? 1 : item.slices.batch;
+  std::vector<double> factors(matrices * inner);
+  for (int64_t m = 0; m < matrices; ++m) {
+    for (int64_t i = 0; i < inner; ++i) {
+      const int64_t index = i / place.step % place.length;
+      factors[m * inner + i] = item.scaling.factors[m * item.scaling.matrix + index];
+    }
+  }
+  return factors;
+}
+
+// The same with a factor for each place in a run.
+void use_expanded(RankItem& item, const std::vector<double>& factors) {
+  if (factors.empty()) return;
+  const int64_t inner = item.slices.inner;
+  item.scaling = {factors.data(), {false, 1, inner}, item.scaling.matrix == 0 ? 0 : inner};
+}
+
+// A part of one task: its rows begin at `row`, its runs at `run`. Scaled elements are ranked as
+// those of a tensor of float64.
+void reduce_scaled(const RankItem& item, const Chunk& part, int64_t row, int64_t run,
+                   NormOrder order, uint64_t* partials) {
+  alignas(64) double scaled[kScaledElements];
+  alignas(64) double of_row[kScaledElements];
+  const auto scale = instructions().scale[static_cast<int>(item.type)];
+  const DimInView& place = item.scaling.place;
+  const double* factors = item.scaling.factors + run;
+  // Short runs are taken together, long ones one by one.
+  int64_t runs = part.channels;
+  int64_t length = part.run;
+  if (part.run < kShortestRun && part.run == part.channel_stride) {
+    length *= runs;
+    runs = 1;
+    for (int64_t j = 0; !place.in_rows && j < length; ++j) of_row[j] = factors[j % part.run];
+    factors = of_row;
+  }
+  double* out = scaled;
+  for (int64_t r = 0; r < part.rows; ++r) {
+    if (place.in_rows) {
+      factors = item.scaling.factors + (row + r) / place.step % place.length;
+    }
+    const char* elements =
+        static_cast<const char*>(part.elements) + r * part.row_stride * element_bytes(item.type);
+    for (int64_t c = 0; c < runs; ++c) {
+      const int64_t offset = c * part.channel_stride * element_bytes(item.type);
+      scale(elements + offset, length, factors, place.in_rows ? 0 : 1, out);
+      out += length;
+    }
+  }
+  const Chunk made{scaled, part.rows, part.channels * part.run, part.channels, part.run, part.run};
+  const auto reduce = instructions().reduce[static_cast<int>(ElementType::float64)];
+  reduce[static_cast<int>(order.kind)](made, order.p, partials);
+}
+
 // One strip of one chunk of narrow rows: those of its columns that meet one row more, and the
 // others.
 template <class Reduce>
@@ -128,7 +209,11 @@ void reduce_strip(const RankItem& item, const Chunks& chunks, int64_t task, Norm
                    places,
                    item.slices.inner,
                    std::min(chunks.run_per_chunk, item.slices.inner - run)};
-  reduce(part, order.p, partials);
+  if (item.scaling.factors != nullptr) {
+    reduce_scaled(item, part, row, run, order, partials);
+  } else {
+    reduce(part, order.p, partials);
+  }
 }
 
 }  // namespace
@@ -136,6 +221,7 @@ void reduce_strip(const RankItem& item, const Chunks& chunks, int64_t task, Norm
 void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
           const Threads& threads) {
   std::vector<RankItem> views(items, items + count);
+  std::vector<std::vector<double>> factors(count);
   std::vector<Chunks> chunks(count);
   std::vector<int64_t> ends(count);
   std::vector<int64_t> ends_of_matrices(count);
@@ -146,8 +232,11 @@ void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
   for (size_t i = 0; i < count; ++i) elements += items[i].slices.elements();
   const int64_t elements_per_task = task_elements(elements, kThreadElements, threads.count);
   for (size_t i = 0; i < count; ++i) {
-    const Slices& slices = views[i].slices = folded(items[i].slices);
-    chunks[i] = make_chunks(slices, elements_per_task);
+    factors[i] = expanded(items[i]);
+    use_expanded(views[i], factors[i]);
+    const Slices& slices = views[i].slices = folded(items[i]);
+    chunks[i] = items[i].scaling.factors == nullptr ? make_chunks(slices, elements_per_task)
+                                                    : make_scaled_chunks(slices);
     chunks[i].first_partial = partials;
     ends[i] = tasks += slices.batch * chunks[i].tasks();
     ends_of_matrices[i] = matrices += slices.batch;
@@ -167,8 +256,9 @@ void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
     const Chunks& cut = chunks[i];
     const Partials folded{partials_of(i, matrix), cut.count(), cut.groups, item.slices.channels,
                           cut.narrow() ? item.slices.inner : 1};
-    instructions().finish[static_cast<int>(item.type)][static_cast<int>(order.kind)](
-        folded, order.p, rooted, item.norms);
+    const ElementType type = item.scaling.factors == nullptr ? item.type : ElementType::float64;
+    instructions().finish[static_cast<int>(type)][static_cast<int>(order.kind)](folded, order.p,
+                                                                                rooted, item.norms);
   });
 }
 

@@ -200,6 +200,25 @@ void finish(const Partials& partials, double p, bool rooted, double* norms) {
   }
 }
 
+template <class T>
+void scale(const void* elements, int64_t length, const double* factors, int64_t step,
+           double* __restrict out) {
+  using Real = typename RealOf<T>::Type;
+  alignas(64) Real buffer[kBlock];
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t n = length - start < kBlock ? length - start : kBlock;
+    const auto x = widen(static_cast<const T*>(elements) + start, n, buffer);
+    double* __restrict made = out + start;
+    if (step == 0) {
+      const double factor = factors[0];
+      for (int64_t i = 0; i < n; ++i) made[i] = static_cast<double>(x[i]) * factor;
+    } else {
+      const double* of_block = factors + start;
+      for (int64_t i = 0; i < n; ++i) made[i] = static_cast<double>(x[i]) * of_block[i];
+    }
+  }
+}
+
 template <template <class> class Norm>
 void root(const double* sums, int64_t channels, double p, double* norms) {
   const Norm<double> norm(p);

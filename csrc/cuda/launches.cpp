@@ -222,8 +222,8 @@ Launches::Launches(const Steps& steps) : order_(steps.order) {
     for (size_t i = 0; i < items->size(); ++i) {
       const RankItem& item = (*items)[i];
       const bool is_apart = i < selects.size() && selects[i];
-      tasks.push_back(make_task(item, is_apart ? item.slices : folded(item.slices),
-                                items == &steps.masks, steps.rooted));
+      tasks.push_back(make_task(item, is_apart ? item.slices : folded(item), items == &steps.masks,
+                                steps.rooted));
     }
   }
   for (RankTask& task : tasks) {

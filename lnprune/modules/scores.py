@@ -1,13 +1,26 @@
-"""What is ranked in place of weights: scores that a caller has for some of them."""
+"""What is ranked in place of weights: scores that a caller has, and factors of their elements."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lnprune.errors import shown
 from lnprune.modules.parameters import Weight
+from lnprune.steps.batches import Batch
+from lnprune.steps.factors import Factors, length_of
+
+
+def _index(weights: Sequence[Weight]) -> dict[Any, int]:
+    """The number of each weight, by its names and places."""
+    index: dict[Any, int] = {}
+    for i, weight in enumerate(weights):
+        index.update((name, i) for name in weight.names)
+        index.update((place, i) for place in weight.places)
+    return index
 
 
 def scores_of(
@@ -21,10 +34,7 @@ def scores_of(
             "importance_scores: expected a mapping from (module, name) or a parameter's name to a tensor, "
             f"got {type(importance_scores).__name__}"
         )
-    index: dict[Any, int] = {}
-    for i, weight in enumerate(weights):
-        index[weight.name] = i
-        index.update((place, i) for place in weight.places)
+    index = _index(weights)
     scores = list(tensors)
     for key, score in importance_scores.items():
         if key not in index:
@@ -46,3 +56,72 @@ def scores_of(
 def is_given(scores: Sequence[Tensor], values: Sequence[Tensor]) -> list[bool]:
     """For which weights scores were given."""
     return [score is not value for score, value in zip(scores, values, strict=True)]
+
+
+def factors_of(
+    weights: Sequence[Weight],
+    tensors: Mapping[Weight, Tensor],
+    dims: Mapping[Weight, int],
+    batches: Mapping[Weight, Batch | None],
+    given: Mapping[Any, Tensor] | None,
+) -> dict[Weight, Factors]:
+    """What elements are multiplied by: for each index along the other dim than that of the channels.
+
+    Args:
+        weights: of a call.
+        tensors: their values.
+        dims: those of their channels, from the first.
+        batches: those of their matrices.
+        given: the vectors, by ``(module, name)`` or name.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "element_scale: expected a mapping from (module, name) or a parameter's name to a vector, got "
+            f"{shown(given)}"
+        )
+    index = _index(weights)
+    found = {}
+    for key, vector in given.items():
+        if key not in index:
+            raise ValueError(f"element_scale: {key!r} is none of the {len(weights)} parameters")
+        weight = weights[index[key]]
+        dim, batch = dims[weight], batches[weight]
+        other = _other_dim(weight, dim, batch)
+        length = length_of(tensors[weight], other, batch)
+        lengths = [(length,)] + ([(batch.size, length)] if batch is not None else [])
+        values = checked_vector(vector, lengths, tensors[weight], f"{weight.name}: element_scale")
+        found[weight] = Factors(values.flatten().contiguous(), other)
+    return found
+
+
+def _other_dim(weight: Weight, dim: int, batch: Batch | None) -> int:
+    """The dim of the inputs where channels are outputs, and of the outputs where they are inputs."""
+    is_whole = batch is not None and batch.size == weight.shape[batch.dim]
+    others = [d for d in range(len(weight.shape)) if d != dim and not (is_whole and d == batch.dim)]  # type: ignore[union-attr]
+    if len(others) == 1:
+        return others[0]
+    if batch is None and dim < 2:  # a convolution
+        return 1 - dim
+    raise ValueError(
+        f"{weight.name}: element_scale: expected a matrix, matrices along batch_dim, or a convolution with "
+        f"channels along dim 0 or 1, got shape {weight.shape} with channels along {dim}"
+    )
+
+
+def checked_vector(vector: Any, shapes: Sequence[tuple[int, ...]], tensor: Tensor, name: str) -> Tensor:
+    """The vector in float64, where it has one of these shapes, and is where the tensor is."""
+    if not isinstance(vector, Tensor) or not vector.is_floating_point():
+        raise TypeError(f"{name}: expected a vector of floating-point numbers, got {shown(vector)}")
+    if tuple(vector.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(
+            f"{name}: expected a vector of shape {wanted} for shape {tuple(tensor.shape)}, got "
+            f"{tuple(vector.shape)}"
+        )
+    if vector.device != tensor.device:
+        raise ValueError(
+            f"{name}: expected a vector on {tensor.device}, as the weight, got {vector.device}"
+        )
+    return vector.detach().to(torch.float64)

@@ -18,6 +18,7 @@ from lnprune.plans.plan import Plan
 from lnprune.plans.rows import Measured, Row, counted, flags_of_weights, joint_sizes, row_norms
 from lnprune.plans.saved_groups import Coupled
 from lnprune.plans.selection import LEAST, WORDS, Arrangement, Normalize, Of, Scope
+from lnprune.steps.factors import Factors
 from lnprune.steps.flags import Amount
 from lnprune.steps.local import is_wrapper, on_cpu
 from lnprune.steps.norms import native_order, zero_norms_are_zeros
@@ -35,6 +36,8 @@ def measure(
     coupled: Callable[[Sequence[Tensor]], Coupled] | None = None,
     group: Group | None = None,
     left_out: Callable[[], list[str]] = list,
+    scales: Mapping[int, Tensor] | None = None,
+    factors: Mapping[Weight, Factors] | None = None,
 ) -> Ranking:
     """Measures the channels of rows.
 
@@ -47,25 +50,30 @@ def measure(
         coupled: as for :class:`Ranking`.
         group: ranks whose rows are ranked with these.
         left_out: as for :class:`Ranking`.
+        scales: of some rows, by their index, what the norms are multiplied by, float64.
+        factors: of some weights, what the elements are multiplied by.
     """
     scores, masks = tensors if scores is None else scores, masks or {}
+    scales, factors = scales or {}, factors or {}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     say_zeros = {dtype: zero_norms_are_zeros(dtype, n) for dtype in dtypes}
     unlike = set()  # weights whose norms do not say which channels are zeros
     for weight, tensor in tensors.items():
-        if scores[weight] is not tensor or not say_zeros[tensor.dtype]:
+        if scores[weight] is not tensor or not say_zeros[tensor.dtype] or weight in factors:
             unlike.add(weight)
     masked, unsaid = [], []
-    for i, row in enumerate(rows if masks or unlike else ()):
+    for i, row in enumerate(rows if masks or unlike or scales else ()):
         if all(member.weight in masks for member in row.members):
             masked.append(i)
-        if any(member.weight in unlike for member in row.members):
+        if i in scales or any(member.weight in unlike for member in row.members):
             unsaid.append(i)
     norms, mask_counts, element_counts = row_norms(
-        Measured(rows, scores, n),
+        Measured(rows, scores, n, factors),
         counted([rows[i] for i in masked], masks),
         counted([rows[i] for i in unsaid], tensors),
     )
+    for i, scale in scales.items():
+        norms[i] = norms[i] * scale.to(norms[i].device)
     found = Found(
         list(rows),
         norms,

@@ -13,6 +13,7 @@ from torch import Tensor
 from lnprune.modules.application import Batch, Part, Slices, Weight
 from lnprune.plans.layers import Parameters
 from lnprune.steps.batches import channels_of, dim_in_matrix, rankings_of, shape_of_matrix
+from lnprune.steps.factors import Factors
 from lnprune.steps.local import on_cpu
 from lnprune.steps.norms import Asked, channel_sums, countable, native_order, norms_of_each, norms_of_sums
 
@@ -138,6 +139,7 @@ class Measured(NamedTuple):
     rows: Sequence[Row]
     tensors: Mapping[Weight, Tensor]
     n: Any
+    factors: Mapping[Weight, Factors] = {}  # what elements are multiplied by; nobody changes it
 
 
 def row_norms(*asked: Measured) -> list[list[Tensor]]:
@@ -147,23 +149,26 @@ def row_norms(*asked: Measured) -> list[list[Tensor]]:
     before the root are added on the CPU, in the order of the members, so that equal channels tie.
     """
     lists = []
-    for rows, tensors, n in asked:
+    for rows, tensors, n, factors in asked:
         single = [row for row in rows if row.is_single]
         members = [row.members[0] for row in single]
         views = [member.of(tensors[member.weight]) for member in members]
         batches = [member.batch for member in members]
         dims, names = [member.dim for member in members], [row.name for row in single]
-        lists.append(Asked(views, n, dims, names, batches if any(batches) else ()))
+        scaled = [factors.get(member.weight) for member in members] if factors else ()
+        lists.append(Asked(views, n, dims, names, batches if any(batches) else (), scaled))
     found = norms_of_each(lists)
-    for i, (rows, tensors, n) in enumerate(asked):
+    for i, (rows, tensors, n, factors) in enumerate(asked):
         if len(found[i]) < len(rows):
-            together = iter(_joint_norms([row for row in rows if not row.is_single], tensors, n))
+            together = iter(_joint_norms([row for row in rows if not row.is_single], tensors, n, factors))
             alone = iter(found[i])
             found[i] = [next(alone if row.is_single else together) for row in rows]
     return found
 
 
-def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) -> list[Tensor]:
+def _joint_norms(
+    rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any, factors: Mapping[Weight, Factors]
+) -> list[Tensor]:
     # What several rows have slices of is summed once.
     asked: dict[tuple[Weight, int, Part | None, Batch | None], tuple[str, Tensor]] = {}
     for row in rows:
@@ -172,7 +177,8 @@ def _joint_norms(rows: Sequence[Row], tensors: Mapping[Weight, Tensor], n: Any) 
             if key not in asked:
                 asked[key] = row.name, member.of(tensors[member.weight])
     names, views = [name for name, _ in asked.values()], [view for _, view in asked.values()]
-    sums = channel_sums(views, n, [key[1] for key in asked], names, [key[3] for key in asked])
+    scaled = [factors.get(key[0]) for key in asked] if factors else ()
+    sums = channel_sums(views, n, [key[1] for key in asked], names, [key[3] for key in asked], scaled)
     parts = dict(
         zip(asked, on_cpu(sums, torch.float64).split([each.numel() for each in sums]), strict=True)
     )

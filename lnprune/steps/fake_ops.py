@@ -17,10 +17,8 @@ def _check_devices(*lists: list[Tensor]) -> None:
         )
 
 
-@torch.library.register_fake("lnprune::channel_norms")
-@torch.library.register_fake("lnprune::channel_sums")
-def _(tensors: list[Tensor], dims: list[int], p: float, batches: list[int] = NONE) -> list[Tensor]:
-    _check_devices(tensors)
+def _numbers(tensors: list[Tensor], dims: list[int], batches: list[int]) -> list[Tensor]:
+    """One for each channel of each matrix."""
     sizes = []
     for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
         along, count = batches[2 * i : 2 * i + 2] or (dim, 1)
@@ -29,6 +27,27 @@ def _(tensors: list[Tensor], dims: list[int], p: float, batches: list[int] = NON
     return [
         tensor.new_empty(size, dtype=torch.float64) for tensor, size in zip(tensors, sizes, strict=True)
     ]
+
+
+@torch.library.register_fake("lnprune::channel_norms")
+@torch.library.register_fake("lnprune::channel_sums")
+def _(tensors: list[Tensor], dims: list[int], p: float, batches: list[int] = NONE) -> list[Tensor]:
+    _check_devices(tensors)
+    return _numbers(tensors, dims, batches)
+
+
+@torch.library.register_fake("lnprune::scaled_norms")
+def _(
+    tensors: list[Tensor],
+    dims: list[int],
+    factors: list[Tensor],
+    factor_dims: list[int],
+    p: float,
+    rooted: bool = True,
+    batches: list[int] = NONE,
+) -> list[Tensor]:
+    _check_devices(tensors, factors)
+    return _numbers(tensors, dims, batches)
 
 
 @torch.library.register_fake("lnprune::norms_of_sums")

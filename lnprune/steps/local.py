@@ -102,8 +102,8 @@ def channels_here(tensor: Tensor, dim: int, batch: Batch | None = None) -> Tenso
         int64 indices on the device of the values, not to be changed.
     """
     if batch is None or batch.dim == dim % tensor.dim():
-        return _indices_here(tensor, dim)
-    rows, columns = _indices_here(tensor, batch.dim), _indices_here(tensor, dim)
+        return indices_here(tensor, dim)
+    rows, columns = indices_here(tensor, batch.dim), indices_here(tensor, dim)
     if rows is None and columns is None:
         return None
     device = held_here(tensor).device
@@ -130,7 +130,7 @@ def batch_here(tensor: Tensor, dim: int, batch: Batch | None) -> Batch | None:
     return Batch(batch.dim, held_here(tensor).shape[batch.dim])
 
 
-def _indices_here(tensor: Tensor, dim: int) -> Tensor | None:
+def indices_here(tensor: Tensor, dim: int) -> Tensor | None:
     """Which indices of a dim are here, in their order; None: all of them."""
     dim %= tensor.dim()
     if not is_distributed(tensor) or dim not in sharded_dims(tensor):

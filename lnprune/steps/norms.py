@@ -17,6 +17,7 @@ from torch import Tensor
 from lnprune.errors import named
 from lnprune.steps import ops, reference, sharding
 from lnprune.steps.batches import Batch, channels_of, is_outside, numbers, rankings_of
+from lnprune.steps.factors import Factors, factors_here, product
 from lnprune.steps.local import batch_here, by_device, held_here, is_distributed
 
 Order = Union[int, float, Literal["fro", "nuc"], None]
@@ -52,9 +53,13 @@ class Asked(NamedTuple):
     dims: Sequence[int]
     names: Sequence[str] = ()  # what errors of plain torch say of each tensor; may be none
     batches: Sequence[Batch | None] = ()  # may be none too
+    factors: Sequence[Factors | None] = ()  # what elements are multiplied by; may be none too
 
     def batch(self, i: int) -> Batch | None:
         return self.batches[i] if self.batches else None
+
+    def factor(self, i: int) -> Factors | None:
+        return self.factors[i] if self.factors else None
 
 
 def channel_norms(
@@ -86,9 +91,10 @@ def channel_sums(
     dims: Sequence[int],
     names: Sequence[str] = (),
     batches: Sequence[Batch | None] = (),
+    factors: Sequence[Factors | None] = (),
 ) -> list[Tensor]:
     """What :func:`channel_norms` takes the root of, which adds up where a channel has several slices."""
-    return _measured(False, [Asked(tensors, n, dims, names, batches)])[0]
+    return _measured(False, [Asked(tensors, n, dims, names, batches, factors)])[0]
 
 
 def norms_of_sums(sums: Sequence[Tensor], n: Any) -> list[Tensor]:
@@ -100,35 +106,64 @@ def norms_of_sums(sums: Sequence[Tensor], n: Any) -> list[Tensor]:
 
 
 def _measured(has_root: bool, asked: Sequence[Asked]) -> list[list[Tensor]]:
-    native = ops.channel_norms if has_root else ops.channel_sums
     plain = reference.channel_norms if has_root else reference.channel_sums
     results: list[list[Any]] = []
     shards = []
     for each in asked:
-        tensors, n, dims, names, _ = each
+        tensors, n, dims, names, *_ = each
         p = native_order(n)
         found: list[Any] = [None] * len(tensors)
         results.append(found)
         taken, sharded = [], []
         for i, tensor in enumerate(tensors):
-            if p is not None and ops.is_native(tensor) and is_outside(tensor, dims[i], each.batch(i)):
+            on_cpu = each.factor(i) is None or tensor.is_cpu
+            if (
+                p is not None
+                and on_cpu
+                and ops.is_native(tensor)
+                and is_outside(tensor, dims[i], each.batch(i))
+            ):
                 taken.append(i)
             elif is_distributed(tensor):
                 sharded.append(i)
             else:
+                factor, batch = each.factor(i), each.batch(i)
                 with named(names[i] if names else ""):
-                    found[i] = plain(tensor, n, dims[i], each.batch(i))
+                    wide = tensor if factor is None else product(tensor, factor, batch)
+                    found[i] = plain(wide, n, dims[i], batch)
         for places in by_device(tensors[i] for i in taken).values():
             indices = [taken[place] for place in places]
-            batches = numbers([each.batch(i) for i in indices])
-            made = native([tensors[i] for i in indices], [dims[i] for i in indices], p, batches)  # type: ignore[arg-type]
-            for i, result in zip(indices, made, strict=True):
+            for i, result in zip(*_native(each, indices, p, has_root), strict=True):  # type: ignore[arg-type]
                 found[i] = result
         if sharded:
             shards.append(_Shards(each, sharded, found))
     if shards:
         _exchange(shards, has_root)
     return results
+
+
+def _native(asked: Asked, indices: list[int], p: float, has_root: bool) -> tuple[list[int], list[Tensor]]:
+    """Norms, or sums, of tensors of one device: by one call, and one more for those with factors."""
+    rank = ops.channel_norms if has_root else ops.channel_sums
+    scaled = [i for i in indices if asked.factor(i) is not None]
+    if scaled:
+        indices = [i for i in indices if asked.factor(i) is None]
+    tensors, dims, batches = (
+        [values[i] for i in indices] for values in (asked.tensors, asked.dims, asked.batches or asked.dims)
+    )
+    made = rank(tensors, dims, p, numbers(batches) if asked.batches else [])  # type: ignore[arg-type]
+    if scaled:
+        factors: list[Any] = [asked.factor(i) for i in scaled]
+        made = made + ops.scaled_norms(
+            [asked.tensors[i] for i in scaled],
+            [asked.dims[i] for i in scaled],
+            [each.values for each in factors],
+            [each.dim for each in factors],
+            p,
+            has_root,
+            numbers([asked.batch(i) for i in scaled]),
+        )
+    return indices + scaled, made
 
 
 class _Shards:
@@ -150,12 +185,15 @@ class _Shards:
         self.batches: list[Batch | None] = []  # of whole tensors
         self.held: list[Tensor] = []
         self.held_batches: list[Batch | None] = []
+        self.held_factors: list[Factors | None] = []
         for i in indices:
             tensor, dim, batch = asked.tensors[i], asked.dims[i], asked.batch(i)
             name = asked.names[i] if asked.names else ""
             held = held_here(tensor, name).detach()
             with named(name):
                 held_batch = batch_here(tensor, dim, batch)
+                factor = asked.factor(i)
+                held_factor = None if factor is None else factors_here(tensor, factor, batch)
             channels = rankings_of(batch) * channels_of(tensor.shape, dim, batch)
             if tensor.numel() == 0:  # which some orders have no norm of: on all ranks alike
                 with named(name):
@@ -169,6 +207,7 @@ class _Shards:
                 self.batches.append(batch)
                 self.held.append(held)
                 self.held_batches.append(held_batch)
+                self.held_factors.append(held_factor)
 
     def sums(self) -> list[Tensor]:
         """Of the channels that are here."""
@@ -179,6 +218,7 @@ class _Shards:
             self.n,
             [self.dims[i] for i in full],
             batches=[self.held_batches[i] for i in full],
+            factors=[self.held_factors[i] for i in full],
         )
         for i, each in zip(full, made, strict=True):
             found[i] = each

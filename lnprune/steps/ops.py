@@ -137,7 +137,7 @@ def are_native(a: Tensor, b: Tensor) -> bool:
 # No op has a derivative: autograd is passed by, so that inputs need no detaching.
 _library = torch.library.Library("lnprune", "IMPL")
 _OPS = (
-    *("channel_norms", "channel_sums", "norms_of_sums", "select_channels", "write_masks"),
+    *("channel_norms", "channel_sums", "scaled_norms", "norms_of_sums", "select_channels", "write_masks"),
     *("prune_channels", "zero_channels_", "prune_channels_"),
 )
 for _name in _OPS:
@@ -146,6 +146,7 @@ for _name in _OPS:
 # Looked up once: an attribute chain per call costs as much as the smallest kernel.
 _channel_norms = torch.ops.lnprune.channel_norms.default
 _channel_sums = torch.ops.lnprune.channel_sums.default
+_scaled_norms = torch.ops.lnprune.scaled_norms.default
 _norms_of_sums = torch.ops.lnprune.norms_of_sums.default
 _select_channels = torch.ops.lnprune.select_channels.default
 _write_masks = torch.ops.lnprune.write_masks.default
@@ -199,6 +200,36 @@ def channel_sums(
     if not tensors:  # the dispatcher finds no backend in an empty list
         return []
     return _channel_sums(tensors, dims, p, batches)
+
+
+def scaled_norms(
+    tensors: Sequence[Tensor],
+    dims: Sequence[int],
+    factors: Sequence[Tensor],
+    factor_dims: Sequence[int],
+    p: float,
+    rooted: bool = True,
+    batches: Sequence[int] = (),
+) -> list[Tensor]:
+    """:func:`channel_norms` of tensors whose elements are multiplied by a factor first; no product is made.
+
+    ``factors[i]`` has one factor for each index along ``factor_dims[i]``, contiguous float64; where there
+    is a batch, those of each matrix, or as many for each, one after another. With ``rooted=False`` it gives
+    what :func:`channel_sums` does.
+
+    Returns one float64 tensor of shape ``(channels,)``, or ``(matrices * channels,)``, per tensor. Not
+    differentiable.
+
+    Example:
+        >>> import torch
+        >>> from lnprune import ops
+        >>> weight = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
+        >>> ops.scaled_norms([weight], [0], [torch.tensor([1.0, 0.0]).double()], [1], 2.0)
+        [tensor([3., 0.], dtype=torch.float64)]
+    """
+    if not tensors:  # the dispatcher finds no backend in an empty list
+        return []
+    return _scaled_norms(tensors, dims, factors, factor_dims, p, rooted, batches)
 
 
 def norms_of_sums(sums: Sequence[Tensor], p: float) -> list[Tensor]:
