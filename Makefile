@@ -10,7 +10,7 @@ OUT ?= build/gpu
 
 # What runs the kernels on every path; the other tests are about Python. On the emulated GPU beside the
 # tests proper: each keeps one core busy.
-EMULATED_TESTS := $(addprefix tests/test_,norms.py sums.py selection.py write.py zero.py repeated.py batches.py)
+EMULATED_TESTS := $(addprefix tests/test_,norms.py sums.py selection.py write.py zero.py repeated.py batches.py scaled_norms.py)
 # All about kernels, which the short run leaves to a process of its own.
 KERNEL_TESTS := $(EMULATED_TESTS) $(addprefix tests/test_,ops.py tasks.py threads.py instruction_set.py)
 # What builds and installs: as long as all other slow tests together.

@@ -18,7 +18,7 @@ from lnprune import ops
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ("launches.cpp", "norms.cu", "topk.cu", "masks.cu")
 OPS = (
-    *("channel_norms", "channel_sums", "norms_of_sums", "select_channels", "write_masks"),
+    *("channel_norms", "channel_sums", "scaled_norms", "norms_of_sums", "select_channels", "write_masks"),
     *("prune_channels", "zero_channels_", "prune_channels_"),
 )
 

@@ -36,6 +36,9 @@ WRITE = [f"write {element}" for element in (*ELEMENTS, *FLOAT8)]
 ROOT = [f"root {norm}" for norm in NORMS]
 ZERO = [f"zero uint{bits}" for bits in (64, 32, 16, 8)]
 FEW = [*RANK, *ROOT, "select", *WRITE, *ZERO]
+SCALED = [
+    f"scaled {norm} {element}" for norm in NORMS for element in (*ELEMENTS, "float8")
+]  # few tasks alone
 
 
 def with_many(kernels: list[str]) -> list[str]:
@@ -159,6 +162,9 @@ def kernel_of(symbol: str) -> str:
     few = symbol.replace("Li32764E", "Li4096E")
     many = "many " if few != symbol else ""
     table = r"NS0_5TableI.*?Li4096EEE"
+    scaled = re.search(rf"\d+scaled_rank_kernelINS\d?_\d+([A-Za-z]+?)E(\w+?){table}EEvT", few)
+    if scaled:
+        return f"{many}scaled {scaled[1]} {element(scaled[2])}"
     rank = re.search(rf"\d+rank_kernelINS\d?_\d+([A-Za-z]+?)E(\w+?){table}EEvT", few)
     if rank:
         return f"{many}rank {rank[1]} {element(rank[2])}"
@@ -407,7 +413,7 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_compiled(resources, architecture):
-    assert sorted(resources[architecture]) == sorted(with_many(FEW))
+    assert sorted(resources[architecture]) == sorted([*with_many(FEW), *SCALED])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -422,7 +428,7 @@ def test_no_kernel_spills_registers_or_has_a_stack(resources, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_instruction_uses_local_memory(machine_code, architecture):
     uses = {kernel: count(code, r"(?:LDL|STL)\b") for kernel, code in machine_code[architecture].items()}
-    assert uses == dict.fromkeys(with_many(FEW), 0)
+    assert uses == dict.fromkeys([*with_many(FEW), *SCALED], 0)
 
 
 @pytest.mark.parametrize("kernel", with_many(RANK))

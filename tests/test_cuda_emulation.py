@@ -300,6 +300,32 @@ def check_batches(native: Any) -> None:
         assert torch.equal(zeros, (values + 100) * keep.unsqueeze(3 - dim)), "other elements are zero"
 
 
+def check_scaled(native: Any) -> None:
+    """Norms of elements times factors: of runs and columns, of vectors that cross rows, of each matrix."""
+    for shape, dim, other, batch in (
+        ((6, 1029), 0, 1, []),
+        ((300, 66), 1, 0, []),
+        ((700, 5), 0, 1, []),
+        ((700, 5), 1, 0, []),
+        ((12, 40, 3, 3), 0, 1, []),
+        ((3, 33, 40), 1, 2, [0, 3]),
+        ((3, 33, 40), 2, 1, [0, 3]),
+    ):
+        values = torch.randint(-9, 10, shape).to(torch.float32)
+        matrices = batch[1] if batch else 1
+        factors = torch.randint(-9, 10, (matrices, shape[other])).to(torch.float64)
+        given = [values], [dim], [factors.flatten()], [other]
+        [norms] = native.scaled_norms(*given, 1.0, True, batch)
+        along = [1] * len(shape)
+        along[other] = -1
+        if batch:
+            along[0] = matrices
+        made = values.double() * factors.view(along)
+        kept = {dim, 0} if batch else {dim}
+        expected = made.abs().sum(dim=[d for d in range(len(shape)) if d not in kept]).flatten()
+        assert torch.equal(norms, expected), "other norms"
+
+
 def check_traffic(native: Any) -> None:
     """What is moved to rank and to prune a convolution."""
     assert_little_traffic(native.module, LAYOUTS["convolution_3x3_narrow_dim_1"], torch.float32)
@@ -325,6 +351,7 @@ CHECKS = [
     check_long_list,
     check_long_list_of_strips,
     check_batches,
+    check_scaled,
     check_traffic,
     check_traffic_in_place,
 ]
@@ -520,8 +547,8 @@ BUGS = {
     "last_element_of_a_run_left_out": Bug(
         "bounds of the rank step",
         "norms.cu",
-        "0, end - last * L, values",
-        "0, end - last * L - 1, values",
+        "0, end - last * L, read",
+        "0, end - last * L - 1, read",
         check_runs,
     ),
     "element_before_a_run_added": Bug(
@@ -814,6 +841,30 @@ BUGS = {
         "  return true;\n",
         check_batches,
         MISALIGNED,
+    ),
+    "factors_of_the_first_matrix": Bug(
+        "factors",
+        "norms.cu",
+        "task.scaling.factors + number * task.scaling.matrix,",
+        "task.scaling.factors,",
+        check_scaled,
+        "other norms",
+    ),
+    "vectors_that_cross_rows_scaled_by_their_first": Bug(
+        "factors",
+        "norms.cu",
+        "if (first + slot >= period) return",
+        "if (false) return",
+        check_scaled,
+        "other norms",
+    ),
+    "factors_of_places_for_those_of_their_dim": Bug(
+        "factors",
+        "norms.cu",
+        "place.step == 1 ? number : number / place.step",
+        "number",
+        check_scaled,
+        "other norms",
     ),
     "tickets_not_set_to_zero": Bug(
         "memory not cleared",
@@ -1307,6 +1358,19 @@ def test_a_batch_moves_what_its_matrices_move_in_as_many_launches_as_one_of_them
     assert zero["launches"] == 1
     assert zero["bytes_read"] == 0
     assert zero["bytes_written"] == int((~keep).sum()) * (weight // channels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES_BY_SIZE, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_scaled_norms_read_their_tensor_once_and_make_no_product(dim, dtype, module):
+    shape = (512, 512)
+    values, factors = cases.random_values(shape, dtype), torch.rand(512, dtype=torch.float64)
+    weight = values.numel() * values.element_size()
+    found = traffic(module, lambda: OPS.scaled_norms([values], [dim], [factors], [1 - dim], 2.0))
+    assert found["launches"] == 1
+    partials = found["bytes_read"] - weight
+    assert 0 <= partials <= (MOST_BYTES - 1) * weight
+    assert found["bytes_written"] == 8 * 512 + partials
 
 
 def test_one_launch_zeroes_all_tensors_whose_elements_are_of_a_size(module):

@@ -114,8 +114,10 @@ void cut_columns(RankTask& task, const Slices& slices, int64_t bytes) {
                  (slices.batch == 1 || slices.matrix() % vector == 0);
 }
 
-RankTask make_task(const RankItem& item, const Slices& slices, bool counts, bool rooted) {
-  RankTask task{};
+ScaledRankTask make_task(const RankItem& item, const Slices& slices, bool counts, bool rooted) {
+  ScaledRankTask task{};
+  task.scaling = item.scaling;
+  task.row = slices.row();
   const int64_t bytes = element_bytes(item.type);
   task.type = item.type;
   task.elements = item.elements;
@@ -217,7 +219,7 @@ cudaError_t run_batches(const std::vector<Batch<Task>>& batches, Launch launch) 
 Launches::Launches(const Steps& steps) : order_(steps.order) {
   std::vector<bool> selects(steps.selections.size());
   for (size_t i = 0; i < selects.size(); ++i) selects[i] = is_of_rank(steps, i);
-  std::vector<RankTask> tasks;
+  std::vector<ScaledRankTask> tasks;
   for (const auto* items : {&steps.scores, &steps.masks}) {
     for (size_t i = 0; i < items->size(); ++i) {
       const RankItem& item = (*items)[i];
@@ -226,7 +228,7 @@ Launches::Launches(const Steps& steps) : order_(steps.order) {
                                 steps.rooted));
     }
   }
-  for (RankTask& task : tasks) {
+  for (ScaledRankTask& task : tasks) {
     if (task.chunks == 1) continue;
     task.first_ticket = static_cast<unsigned>(tickets_);
     task.first_partial = static_cast<int64_t>(partials_);
@@ -252,9 +254,14 @@ Launches::Launches(const Steps& steps) : order_(steps.order) {
     }
     if (strips > 1) tickets_ += item.rankings;
   }
-  for (const RankTask& task : tasks) {
-    add(ranks_, is_float8(task.type) ? ElementType::float8_e4m3fn : task.type, task,
-        int64_t{task.batch} * task.chunks * task.strips);
+  for (const ScaledRankTask& task : tasks) {
+    const ElementType type = is_float8(task.type) ? ElementType::float8_e4m3fn : task.type;
+    const int64_t blocks = int64_t{task.batch} * task.chunks * task.strips;
+    if (task.scaling.factors == nullptr) {
+      add<RankTask>(ranks_, type, task, blocks);
+    } else {
+      add(scaled_ranks_, type, task, blocks);
+    }
   }
   for (const RootItem& item : steps.sums) {
     add(roots_, ElementType::float64, RootTask{item}, divide_up(item.channels, kThreads));
@@ -272,11 +279,15 @@ Launches::Launches(const Steps& steps) : order_(steps.order) {
 cudaError_t Launches::run(void* partials, unsigned* tickets, cudaStream_t stream) const {
   const RankMemory memory{static_cast<uint64_t*>(partials), tickets};
   const auto rank = [&](const auto& batch) { return launch_rank(batch, order_, memory, stream); };
+  const auto scaled_rank = [&](const auto& batch) {
+    return launch_scaled_rank(batch, order_, memory, stream);
+  };
   const auto root = [&](const auto& batch) { return launch_root(batch, order_, stream); };
   const auto select = [&](const auto& batch) { return launch_select(batch, stream); };
   const auto write = [&](const auto& batch) { return launch_write(batch, stream); };
   const auto zero = [&](const auto& batch) { return launch_zero(batch, stream); };
   cudaError_t error = run_batches(ranks_, rank);
+  if (error == cudaSuccess) error = run_batches(scaled_ranks_, scaled_rank);
   if (error == cudaSuccess) error = run_batches(roots_, root);
   if (error == cudaSuccess) error = run_batches(selections_, select);
   if (error == cudaSuccess) error = run_batches(writes_, write);

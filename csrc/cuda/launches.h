@@ -89,6 +89,12 @@ struct RankTask {
   bool rooted;   // norms, not the sums before the root
 };
 
+// The same of a tensor whose elements are multiplied by factors first.
+struct ScaledRankTask : RankTask {
+  Scaling scaling;
+  int64_t row;  // elements of a row of the tensor
+};
+
 // What the blocks of a call to rank hand each other.
 struct RankMemory {
   uint64_t* partials;
@@ -151,12 +157,18 @@ __device__ __forceinline__ Place place_of_block(const Table& table, unsigned blo
   return {low, static_cast<int64_t>(block) - table.first_blocks[low]};
 }
 
+// The most bytes of parameters that a step's kernels are compiled for.
+template <class Task>
+constexpr int kMostBytesOf = kMostParameterBytes;
+template <>
+constexpr int kMostBytesOf<ScaledRankTask> = kParameterBytes;
+
 // One launch: tasks of one dtype; in the rank step, of any dtypes of eight bits, and in the zero
 // step, of any dtypes of one size.
 template <class Task>
 struct Batch {
   using FewTasks = Table<Task, kParameterBytes>;
-  using ManyTasks = Table<Task, kMostParameterBytes>;
+  using ManyTasks = Table<Task, kMostBytesOf<Task>>;
 
   ElementType type;
   std::vector<Task> tasks;
@@ -197,6 +209,7 @@ class Launches {
 
  private:
   std::vector<Batch<RankTask>> ranks_;
+  std::vector<Batch<ScaledRankTask>> scaled_ranks_;
   std::vector<Batch<RootTask>> roots_;
   std::vector<Batch<SelectTask>> selections_;
   std::vector<Batch<WriteTask>> writes_;
@@ -209,6 +222,8 @@ class Launches {
 // The kernels of each step.
 cudaError_t launch_rank(const Batch<RankTask>& batch, NormOrder order, RankMemory memory,
                         cudaStream_t stream);
+cudaError_t launch_scaled_rank(const Batch<ScaledRankTask>& batch, NormOrder order,
+                               RankMemory memory, cudaStream_t stream);
 cudaError_t launch_root(const Batch<RootTask>& batch, NormOrder order, cudaStream_t stream);
 cudaError_t launch_select(const Batch<SelectTask>& batch, cudaStream_t stream);
 cudaError_t launch_write(const Batch<WriteTask>& batch, cudaStream_t stream);

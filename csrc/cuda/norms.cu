@@ -65,10 +65,80 @@ __device__ __forceinline__ float widen(const Vector<c10::BFloat16, kBytes>& vect
   return bit_cast<float>(slot % 2 == 0 ? word << 16 : word & 0xffff0000u);
 }
 
+// How elements are read: as they are.
+struct Plain {
+  const float* values;  // of the table of floats
+
+  template <class T>
+  __device__ __forceinline__ const Plain& from(const T*) const {
+    return *this;
+  }
+  template <class V>
+  __device__ __forceinline__ auto operator()(const V& vector, int slot) const {
+    return widen(vector, slot, values);
+  }
+  template <class T>
+  __device__ __forceinline__ auto one(const T* address) const {
+    return widen(load(address), values);
+  }
+};
+
+// How elements are read: times a factor, as doubles. Factors follow from the place of an element in
+// its matrix.
+template <class T>
+struct Scaled {
+  const float* values;
+  const T* matrix;
+  const double* factors;
+  DimInView place;
+  int64_t inner;
+  int64_t row;
+
+  // How far an element is from the first of its period, which is a run, or a row.
+  __device__ __forceinline__ int64_t after_first(int64_t element) const {
+    const int64_t period = place.in_rows ? row : inner;
+    // 32 bits hold any place in most tensors, and their divisions are several times faster.
+    if (element <= 0x7fffffffll && period <= 0x7fffffffll) {
+      return static_cast<uint32_t>(element) % static_cast<uint32_t>(period);
+    }
+    return element % period;
+  }
+  // The factor of a row's number, or of a place in a run.
+  __device__ __forceinline__ double factor_at(int64_t number) const {
+    const int64_t index = place.step == 1 ? number : number / place.step;
+    return load_cached(factors + (index < place.length ? index : index % place.length));
+  }
+  __device__ __forceinline__ double factor_of(int64_t element) const {
+    return factor_at(place.in_rows ? element / row : after_first(element));
+  }
+
+  // Of a vector that begins at an element.
+  struct Vectors {
+    const Scaled& read;
+    int64_t element;
+    int64_t first;  // place of the element in its period
+    double of_row;  // the factor of its row
+    template <class V>
+    __device__ __forceinline__ double operator()(const V& vector, int slot) const {
+      const double x = widen(vector, slot, read.values);
+      const int64_t period = read.place.in_rows ? read.row : read.inner;
+      if (first + slot >= period) return x * read.factor_of(element + slot);
+      return x * (read.place.in_rows ? of_row : read.factor_at(first + slot));
+    }
+  };
+  __device__ __forceinline__ Vectors from(const T* address) const {
+    const int64_t element = address - matrix;
+    return {*this, element, after_first(element), place.in_rows ? factor_of(element) : 0.0};
+  }
+  __device__ __forceinline__ double one(const T* address) const {
+    return static_cast<double>(widen(load(address), values)) * factor_of(address - matrix);
+  }
+};
+
 // Adds `count` vectors that lie `stride` elements apart; each element to the slot of its place.
-template <class Norm, class T>
+template <class Norm, class T, class Read>
 __device__ __forceinline__ void add_vectors(const Norm& norm, const T* elements, int64_t stride,
-                                            int count, const float* values,
+                                            int count, const Read& read,
                                             typename Norm::Accumulator (&slots)[kLength<T>]) {
 #pragma unroll 1
   for (int i = 0; i < count; i += kVectorLoads) {
@@ -80,10 +150,9 @@ __device__ __forceinline__ void add_vectors(const Norm& norm, const T* elements,
 #pragma unroll
     for (int u = 0; u < kVectorLoads; ++u) {
       if (i + u < count) {
+        const auto& vectors = read.from(elements + u * stride);
 #pragma unroll
-        for (int s = 0; s < kLength<T>; ++s) {
-          slots[s] = norm.map(slots[s], widen(loaded[u], s, values));
-        }
+        for (int s = 0; s < kLength<T>; ++s) slots[s] = norm.map(slots[s], vectors(loaded[u], s));
       }
     }
     elements += kVectorLoads * stride;
@@ -92,13 +161,13 @@ __device__ __forceinline__ void add_vectors(const Norm& norm, const T* elements,
 
 // Adds the elements of [begin, end) among those at `elements`, `step` apart, to the slots of their
 // numbers.
-template <class Norm, class T>
+template <class Norm, class T, class Read>
 __device__ __forceinline__ void add_elements(const Norm& norm, const T* elements, int step,
-                                             int64_t begin, int64_t end, const float* values,
+                                             int64_t begin, int64_t end, const Read& read,
                                              typename Norm::Accumulator (&slots)[kLength<T>]) {
 #pragma unroll
   for (int s = 0; s < kLength<T>; ++s) {
-    if (s >= begin && s < end) slots[s] = norm.map(slots[s], widen(load(elements), values));
+    if (s >= begin && s < end) slots[s] = norm.map(slots[s], read.one(elements));
     elements += step;
   }
 }
@@ -195,10 +264,10 @@ __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& tas
 // Where a run begins within a vector, `shift` elements after its start, the vectors at both ends
 // are taken element by element, and what belongs to one slot of one lane lies `shift` slots further
 // on. That is put right when all is added, so that the sums are those of a run without a shift.
-template <class Norm, class T>
+template <class Norm, class T, class Read>
 __device__ __forceinline__ bool rank_runs(const RankTask& task, const Matrix& matrix,
                                           const Norm& norm, int64_t strip, int64_t chunk,
-                                          const float* values, typename Norm::Partial* shared,
+                                          const Read& read, typename Norm::Partial* shared,
                                           int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
@@ -227,11 +296,11 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const Matrix& ma
     const int vectors = (end / L - first + cut.lanes - 1) / cut.lanes;
 #pragma unroll 1
     for (; row < end_row; row += cut.groups) {
-      if (first != lane) add_elements(norm, run, 1, shift, end, values, slots);
-      add_vectors(norm, run + first * L, cut.lanes * L, vectors, values, slots);
+      if (first != lane) add_elements(norm, run, 1, shift, end, read, slots);
+      add_vectors(norm, run + first * L, cut.lanes * L, vectors, read, slots);
       const int last = first + vectors * cut.lanes;
       if (last == end / L) {
-        add_elements(norm, run + last * L, 1, 0, end - last * L, values, slots);
+        add_elements(norm, run + last * L, 1, 0, end - last * L, read, slots);
       }
       run += cut.groups * cut.row_elements;
     }
@@ -276,10 +345,10 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const Matrix& ma
 }
 
 // Channels are columns: lanes own vectors of columns, groups of lanes own rows.
-template <class Norm, class T>
+template <class Norm, class T, class Read>
 __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix& matrix,
                                              const Norm& norm, int64_t strip, int64_t chunk,
-                                             const float* values, typename Norm::Partial* shared,
+                                             const Read& read, typename Norm::Partial* shared,
                                              int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
@@ -307,7 +376,7 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix&
     const int64_t stride = cut.groups * cut.row_elements;
     if (task.aligned && row < end_row) {
       const int rows = static_cast<int>((end_row - row + cut.groups - 1) / cut.groups);
-      add_vectors(norm, elements, stride, rows, values, slots);
+      add_vectors(norm, elements, stride, rows, read, slots);
       row += rows * cut.groups;
       elements += rows * stride;
     }
@@ -315,7 +384,7 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix&
 #pragma unroll 1
     for (; row < rows_with_short_one; row += cut.groups) {
       const int64_t end = smaller(columns, cut.elements - row * cut.row_elements - first_column);
-      add_elements(norm, elements, step, 0, (end - column + step - 1) / step, values, slots);
+      add_elements(norm, elements, step, 0, (end - column + step - 1) / step, read, slots);
       elements += stride;
     }
 #pragma unroll
@@ -385,9 +454,9 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix&
   return true;
 }
 
-template <class Norm, class T>
+template <class Norm, class T, class Read>
 __device__ __forceinline__ bool rank_block(const RankTask& task, const Matrix& matrix, double p,
-                                           int64_t block, const float* values, uint64_t* shared,
+                                           int64_t block, const Read& read, uint64_t* shared,
                                            int* shared_last) {
   static_assert(sizeof(typename Norm::Partial) == 8, "partials lie 8 bytes apart");
   const Norm norm(p);
@@ -395,9 +464,9 @@ __device__ __forceinline__ bool rank_block(const RankTask& task, const Matrix& m
   const int64_t chunk = block / task.strips;
   auto* partials = reinterpret_cast<typename Norm::Partial*>(shared);
   if (task.runs) {
-    return rank_runs<Norm, T>(task, matrix, norm, strip, chunk, values, partials, shared_last);
+    return rank_runs<Norm, T>(task, matrix, norm, strip, chunk, read, partials, shared_last);
   } else {
-    return rank_columns<Norm, T>(task, matrix, norm, strip, chunk, values, partials, shared_last);
+    return rank_columns<Norm, T>(task, matrix, norm, strip, chunk, read, partials, shared_last);
   }
 }
 
@@ -427,12 +496,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
   const int64_t number = place.block / blocks;
   const int64_t block = place.block - number * blocks;
   const Matrix matrix(task, memory, number);
+  const Plain read{values};
   bool finished = false;
   if (std::is_same_v<Norm<Real>, NonzeroCount<Real>> || task.counts) {
-    finished =
-        rank_block<NonzeroCount<Real>, T>(task, matrix, 0, block, values, shared, shared_last);
+    finished = rank_block<NonzeroCount<Real>, T>(task, matrix, 0, block, read, shared, shared_last);
   } else {
-    finished = rank_block<Norm<Real>, T>(task, matrix, p, block, values, shared, shared_last);
+    finished = rank_block<Norm<Real>, T>(task, matrix, p, block, read, shared, shared_last);
   }
   if (!finished || task.selection.keep == nullptr) return;
   unsigned* ticket = memory.tickets + task.selection_ticket + number;
@@ -442,6 +511,31 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
   auto* buckets = reinterpret_cast<unsigned*>(shared);
   const SelectItem selection = ranking_of(task.selection, number);
   Select{selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
+}
+
+template <template <class> class Norm, class T, class Table>
+__global__ void __launch_bounds__(kThreads, 2)
+    scaled_rank_kernel(LNPRUNE_PARAMETER(Table, table), RankMemory memory, double p) {
+  LNPRUNE_SHARED(uint64_t, shared, kThreads* kLength<T>);
+  LNPRUNE_SHARED(float, values, kHasTable<T> ? 256 : 1);
+  LNPRUNE_SHARED(int, shared_last, 1);
+  const Place place = place_of_block(table, blockIdx.x);
+  const ScaledRankTask& task = table.tasks[place.task];
+  if constexpr (kHasTable<T>) {
+    values[threadIdx.x] = float8_value(task.type, threadIdx.x);
+    __syncthreads();
+  }
+  const int64_t blocks = int64_t{task.chunks} * task.strips;  // of a matrix
+  const int64_t number = place.block / blocks;
+  const Matrix matrix(task, memory, number);
+  const Scaled<T> read{values,
+                       static_cast<const T*>(matrix.elements),
+                       task.scaling.factors + number * task.scaling.matrix,
+                       task.scaling.place,
+                       task.inner,
+                       task.row};
+  rank_block<Norm<double>, T>(task, matrix, p, place.block - number * blocks, read, shared,
+                              shared_last);
 }
 
 template <template <class> class Norm, class Table>
@@ -478,6 +572,27 @@ RankKernel<Table> rank_kernel_of(ElementType type, NormKind kind) {
   }
 }
 
+template <class T, class Table>
+RankKernel<Table> scaled_rank_kernel_of(NormKind kind) {
+  constexpr RankKernel<Table> kKernels[kNormKinds] = {
+      scaled_rank_kernel<NonzeroCount, T, Table>, scaled_rank_kernel<Sum, T, Table>,
+      scaled_rank_kernel<SumOfSquares, T, Table>, scaled_rank_kernel<Maximum, T, Table>,
+      scaled_rank_kernel<Minimum, T, Table>,      scaled_rank_kernel<HalfIntegerPowerSum, T, Table>,
+      scaled_rank_kernel<PowerSum, T, Table>};
+  return kKernels[static_cast<int>(kind)];
+}
+
+template <class Table>
+RankKernel<Table> scaled_rank_kernel_of(ElementType type, NormKind kind) {
+  switch (type) {
+    case ElementType::float64: return scaled_rank_kernel_of<double, Table>(kind);
+    case ElementType::float32: return scaled_rank_kernel_of<float, Table>(kind);
+    case ElementType::float16: return scaled_rank_kernel_of<c10::Half, Table>(kind);
+    case ElementType::bfloat16: return scaled_rank_kernel_of<c10::BFloat16, Table>(kind);
+    default: return scaled_rank_kernel_of<Float8, Table>(kind);
+  }
+}
+
 template <class Table>
 using RootKernel = void (*)(Parameter<Table>, double);
 
@@ -498,6 +613,15 @@ cudaError_t launch_rank(const Batch<RankTask>& batch, NormOrder order, RankMemor
   return batch.with_table([&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
     const RankKernel<Table> kernel = rank_kernel_of<Table>(batch.type, order.kind);
+    return launch(kernel, batch.blocks, kThreads, stream, table, memory, order.p);
+  });
+}
+
+cudaError_t launch_scaled_rank(const Batch<ScaledRankTask>& batch, NormOrder order,
+                               RankMemory memory, cudaStream_t stream) {
+  return batch.with_table([&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    const RankKernel<Table> kernel = scaled_rank_kernel_of<Table>(batch.type, order.kind);
     return launch(kernel, batch.blocks, kThreads, stream, table, memory, order.p);
   });
 }

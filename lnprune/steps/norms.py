@@ -116,13 +116,7 @@ def _measured(has_root: bool, asked: Sequence[Asked]) -> list[list[Tensor]]:
         results.append(found)
         taken, sharded = [], []
         for i, tensor in enumerate(tensors):
-            on_cpu = each.factor(i) is None or tensor.is_cpu
-            if (
-                p is not None
-                and on_cpu
-                and ops.is_native(tensor)
-                and is_outside(tensor, dims[i], each.batch(i))
-            ):
+            if p is not None and ops.is_native(tensor) and is_outside(tensor, dims[i], each.batch(i)):
                 taken.append(i)
             elif is_distributed(tensor):
                 sharded.append(i)
