@@ -18,6 +18,16 @@ struct Chunk {
   int64_t run;
 };
 
+// What the elements of a chunk are multiplied by: factors of the places in a run, of the columns of
+// short runs, or, by the number of the row, of rows.
+struct ChunkFactors {
+  const double* values;
+  bool in_rows;
+  int64_t first_row;
+  int64_t step;
+  int64_t length;
+};
+
 // The partials of one tensor: channels * run side by side, for each group of each chunk.
 struct Partials {
   const void* values;
@@ -46,6 +56,10 @@ struct InstructionSet {
   const char* name;
   // One partial of 8 bytes per channel of the chunk.
   void (*reduce[kElementTypes][kNormKinds])(const Chunk& chunk, double p, void* partials);
+  // The same of elements times factors, for norms of order 1 and 2; null for elements of one byte.
+  // The partials are those of float64.
+  void (*reduce_scaled[kElementTypes][2])(const Chunk& chunk, const ChunkFactors& factors, double p,
+                                          void* partials);
   // out[i] = elements[i] * factors[i], or, where `step` is 0, elements[i] * factors[0].
   void (*scale[kElementTypes])(const void* elements, int64_t length, const double* factors,
                                int64_t step, double* out);

@@ -11,12 +11,27 @@ namespace {
 #include "write_loops.h"
 // clang-format on
 
+template <template <class> class Norm, class T>
+constexpr auto scaled_loop() {
+  using Loop = void (*)(const Chunk&, const ChunkFactors&, double, void*);
+  if constexpr (sizeof(T) == 1) {
+    return Loop{nullptr};
+  } else {
+    return Loop{reduce_scaled<Norm, T>};
+  }
+}
+
+// Norms of doubles, whose squares are not exact.
+template <class Real>
+using SumOfSquares = lnprune::SumOfSquares<Real>;
+
 // The element types in the order of ElementType, the norms in the order of NormKind.
 template <class... T>
 constexpr InstructionSet make_table(const char* name) {
   return {name,
           {{reduce<NonzeroCount, T>, reduce<Sum, T>, reduce<SquareSum, T>, reduce<Maximum, T>,
             reduce<Minimum, T>, reduce<HalfIntegerPowerSum, T>, reduce<PowerSum, T>}...},
+          {{scaled_loop<Sum, T>(), scaled_loop<SumOfSquares, T>()}...},
           {scale<T>...},
           {{finish<NonzeroCount, T>, finish<Sum, T>, finish<SquareSum, T>, finish<Maximum, T>,
             finish<Minimum, T>, finish<HalfIntegerPowerSum, T>, finish<PowerSum, T>}...},

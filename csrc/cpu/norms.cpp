@@ -56,7 +56,7 @@ struct Chunks {
 };
 
 // `task_elements` is what a task should have, so that there are enough for all threads.
-Chunks make_chunks(const Slices& slices, int64_t task_elements) {
+Chunks make_chunks(const Slices& slices, int64_t task_elements, bool merges_rows = true) {
   Chunks chunks{};
   chunks.run_per_chunk = slices.inner;
   chunks.groups = 1;
@@ -66,7 +66,7 @@ Chunks make_chunks(const Slices& slices, int64_t task_elements) {
     chunks.rows_per_chunk = std::clamp(divide_up(slices.outer, 8), kFewestRows, most);
     const int64_t rows = std::min(chunks.rows_per_chunk, slices.outer);
     int64_t inner = slices.inner;
-    if (slices.row() < kWideEnough) {
+    if (merges_rows && slices.row() < kWideEnough) {
       chunks.groups = std::min(kWideEnough / slices.row(), rows);
       if (chunks.narrow()) {
         chunks.places = chunks.groups * slices.row();
@@ -91,8 +91,8 @@ Chunks make_chunks(const Slices& slices, int64_t task_elements) {
   return chunks;
 }
 
-// The same of scaled elements, whose strips depend on the shape alone.
-Chunks make_scaled_chunks(const Slices& slices) {
+// The same of scaled elements that go through memory, whose strips depend on the shape alone.
+Chunks make_buffered_chunks(const Slices& slices) {
   Chunks chunks{};
   chunks.groups = 1;
   chunks.places = slices.channels;
@@ -132,10 +132,36 @@ void use_expanded(RankItem& item, const std::vector<double>& factors) {
   item.scaling = {factors.data(), {false, 1, inner}, item.scaling.matrix == 0 ? 0 : inner};
 }
 
-// A part of one task: its rows begin at `row`, its runs at `run`. Scaled elements are ranked as
-// those of a tensor of float64.
-void reduce_scaled(const RankItem& item, const Chunk& part, int64_t row, int64_t run,
-                   NormOrder order, uint64_t* partials) {
+using ScaledLoop = void (*)(const Chunk&, const ChunkFactors&, double, void*);
+
+// The loop that multiplies where it reads; null where scaled elements go through memory.
+ScaledLoop scaled_loop(ElementType type, NormKind kind) {
+  if (kind != NormKind::sum && kind != NormKind::sum_of_squares) return nullptr;
+  return instructions().reduce_scaled[static_cast<int>(type)][kind == NormKind::sum ? 0 : 1];
+}
+
+// A part of one task: its rows begin at `row`, its runs at `run`.
+void reduce_fused(const RankItem& item, const Chunk& part, int64_t row, int64_t run,
+                  ScaledLoop reduce, double p, uint64_t* partials) {
+  const DimInView& place = item.scaling.place;
+  ChunkFactors factors{item.scaling.factors, place.in_rows, row, place.step, place.length};
+  alignas(64) double of_columns[kColumns];
+  if (!place.in_rows) {
+    factors.values += run;
+    if (part.run < kShortestRun) {
+      const int64_t columns = part.channels * part.run;
+      for (int64_t start = 0; start < columns; start += part.run) {
+        std::copy_n(factors.values, part.run, of_columns + start);
+      }
+      factors.values = of_columns;
+    }
+  }
+  reduce(part, factors, p, partials);
+}
+
+// The same through memory: scaled elements are ranked as those of a tensor of float64.
+void reduce_buffered(const RankItem& item, const Chunk& part, int64_t row, int64_t run,
+                     NormOrder order, uint64_t* partials) {
   alignas(64) double scaled[kScaledElements];
   alignas(64) double of_row[kScaledElements];
   const auto scale = instructions().scale[static_cast<int>(item.type)];
@@ -210,7 +236,12 @@ void reduce_strip(const RankItem& item, const Chunks& chunks, int64_t task, Norm
                    item.slices.inner,
                    std::min(chunks.run_per_chunk, item.slices.inner - run)};
   if (item.scaling.factors != nullptr) {
-    reduce_scaled(item, part, row, run, order, partials);
+    const ScaledLoop fused = scaled_loop(item.type, order.kind);
+    if (fused != nullptr) {
+      reduce_fused(item, part, row, run, fused, order.p, partials);
+    } else {
+      reduce_buffered(item, part, row, run, order, partials);
+    }
   } else {
     reduce(part, order.p, partials);
   }
@@ -235,8 +266,10 @@ void rank(const RankItem* items, size_t count, NormOrder order, bool rooted,
     factors[i] = expanded(items[i]);
     use_expanded(views[i], factors[i]);
     const Slices& slices = views[i].slices = folded(items[i]);
-    chunks[i] = items[i].scaling.factors == nullptr ? make_chunks(slices, elements_per_task)
-                                                    : make_scaled_chunks(slices);
+    const bool is_scaled = items[i].scaling.factors != nullptr;
+    const bool is_buffered = is_scaled && scaled_loop(items[i].type, order.kind) == nullptr;
+    chunks[i] = is_buffered ? make_buffered_chunks(slices)
+                            : make_chunks(slices, elements_per_task, !is_scaled);
     chunks[i].first_partial = partials;
     ends[i] = tasks += slices.batch * chunks[i].tasks();
     ends_of_matrices[i] = matrices += slices.batch;

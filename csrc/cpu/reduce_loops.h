@@ -35,9 +35,53 @@ struct RealFor<PowerSum, T> {
   using Type = double;
 };
 
-// Lanes of `length` elements of one run, added to what the lanes hold.
-template <class Norm, class Real, class T>
+// What elements are multiplied by where they are read: nothing; a factor for each place in a run,
+// or for each column; or one for each row.
+struct NoFactors {
+  template <class Reader>
+  LNPRUNE_FUNCTION Reader apply(Reader x, int64_t, int64_t) const {
+    return x;
+  }
+};
+
+struct PlaceFactors {
+  const double* values;
+
+  template <class Reader>
+  struct Product {
+    Reader x;
+    const double* values;
+    LNPRUNE_FUNCTION double operator[](int64_t i) const {
+      return static_cast<double>(x[i]) * values[i];
+    }
+  };
+  template <class Reader>
+  LNPRUNE_FUNCTION Product<Reader> apply(Reader x, int64_t, int64_t place) const {
+    return {x, values + place};
+  }
+};
+
+struct RowFactors {
+  const ChunkFactors& factors;
+
+  template <class Reader>
+  struct Product {
+    Reader x;
+    double factor;
+    LNPRUNE_FUNCTION double operator[](int64_t i) const {
+      return static_cast<double>(x[i]) * factor;
+    }
+  };
+  template <class Reader>
+  LNPRUNE_FUNCTION Product<Reader> apply(Reader x, int64_t row, int64_t) const {
+    return {x, factors.values[(factors.first_row + row) / factors.step % factors.length]};
+  }
+};
+
+// Lanes of `length` elements of one run of a row, added to what the lanes hold.
+template <class Norm, class Real, class T, class Factors>
 LNPRUNE_FUNCTION void reduce_run(const Norm norm, const T* elements, int64_t length,
+                                 const Factors factors, int64_t row,
                                  typename Norm::Accumulator* lanes) {
   constexpr int64_t kAhead = 4096;
   alignas(64) Real buffer[kBlock];
@@ -45,7 +89,7 @@ LNPRUNE_FUNCTION void reduce_run(const Norm norm, const T* elements, int64_t len
   for (int64_t l = 0; l < kLanes; ++l) a[l] = lanes[l];
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t n = length - start < kBlock ? length - start : kBlock;
-    const auto x = widen(elements + start, n, buffer);
+    const auto x = factors.apply(widen(elements + start, n, buffer), row, start);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       prefetch_lanes(elements + start + i, kAhead);
@@ -56,8 +100,9 @@ LNPRUNE_FUNCTION void reduce_run(const Norm norm, const T* elements, int64_t len
   for (int64_t l = 0; l < kLanes; ++l) lanes[l] = a[l];
 }
 
-template <class Norm, class Real, class T>
-void reduce_runs(const Norm norm, const Chunk& chunk, typename Norm::Partial* partials) {
+template <class Norm, class Real, class T, class Factors>
+void reduce_runs(const Norm norm, const Chunk& chunk, const Factors factors,
+                 typename Norm::Partial* partials) {
   // Lanes of this many channels fit the L1 cache, so that rows can be read in memory order.
   constexpr int64_t kChannels = 32;
   alignas(64) typename Norm::Accumulator lanes[kChannels][kLanes];
@@ -71,7 +116,8 @@ void reduce_runs(const Norm norm, const Chunk& chunk, typename Norm::Partial* pa
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const T* row = elements + r * chunk.row_stride + first * chunk.channel_stride;
       for (int64_t c = 0; c < channels; ++c) {
-        reduce_run<Norm, Real>(norm, row + c * chunk.channel_stride, chunk.run, lanes[c]);
+        reduce_run<Norm, Real>(norm, row + c * chunk.channel_stride, chunk.run, factors, r,
+                               lanes[c]);
       }
     }
     for (int64_t c = 0; c < channels; ++c) {
@@ -89,9 +135,9 @@ void reduce_runs(const Norm norm, const Chunk& chunk, typename Norm::Partial* pa
 
 // accumulators[j] takes column j of kRows rows, one or eight, top to bottom: loaded and stored once
 // for all of them.
-template <class Norm, class Real, int kRows, class T>
+template <class Norm, class Real, int kRows, class T, class Factors>
 LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t row_stride,
-                                   int64_t columns,
+                                   int64_t columns, const Factors factors, int64_t row,
                                    typename Norm::Accumulator* __restrict accumulators) {
   // How far ahead to ask for memory: the next kRows rows or, where rows are long, a kilobyte, which
   // is as good.
@@ -105,10 +151,12 @@ LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t r
     const int64_t n = columns - start < kColumnBlock ? columns - start : kColumnBlock;
     const T* at = elements + start;
     typename Norm::Accumulator* __restrict a = accumulators + start;
-    decltype(widen(at, n, buffer[0])) x[kRows];
+    decltype(factors.apply(widen(at, n, buffer[0]), row, start)) x[kRows];
     // Before the sums: in one loop with them, GCC makes slower code of the widening.
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) x[r] = widen(at + r * row_stride, n, buffer[r]);
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = factors.apply(widen(at + r * row_stride, n, buffer[r]), row + r, start);
+    }
     const auto add_column = [&](int64_t j) {
       typename Norm::Accumulator sum = a[j];
       for (int r = 0; r < kRows; ++r) sum = norm.map(sum, x[r][j]);
@@ -124,8 +172,9 @@ LNPRUNE_FUNCTION void reduce_sweep(const Norm norm, const T* elements, int64_t r
   }
 }
 
-template <class Norm, class Real, class T>
-void reduce_columns(const Norm norm, const Chunk& chunk, typename Norm::Partial* partials) {
+template <class Norm, class Real, class T, class Factors>
+void reduce_columns(const Norm norm, const Chunk& chunk, const Factors factors,
+                    typename Norm::Partial* partials) {
   const int64_t columns = chunk.channels * chunk.run;
   alignas(64) typename Norm::Accumulator accumulators[kColumns];
   for (int64_t j = 0; j < columns; ++j) accumulators[j] = norm.identity();
@@ -134,11 +183,11 @@ void reduce_columns(const Norm norm, const Chunk& chunk, typename Norm::Partial*
   // Not for costly maps: eight at a time need more registers than there are.
   for (; !Norm::kCostly && r + 8 <= chunk.rows; r += 8) {
     reduce_sweep<Norm, Real, 8>(norm, elements + r * chunk.row_stride, chunk.row_stride, columns,
-                                accumulators);
+                                factors, r, accumulators);
   }
   for (; r < chunk.rows; ++r) {
     reduce_sweep<Norm, Real, 1>(norm, elements + r * chunk.row_stride, chunk.row_stride, columns,
-                                accumulators);
+                                factors, r, accumulators);
   }
   for (int64_t c = 0; c < chunk.channels; ++c) {
     typename Norm::Partial sum = norm.partial(accumulators[c * chunk.run]);
@@ -156,9 +205,29 @@ void reduce(const Chunk& chunk, double p, void* partials) {
   static_assert(sizeof(typename Norm<Real>::Partial) == 8, "partials lie 8 bytes apart");
   auto* typed = static_cast<typename Norm<Real>::Partial*>(partials);
   if (chunk.run < kShortestRun) {
-    reduce_columns<Norm<Real>, Real, T>(norm, chunk, typed);
+    reduce_columns<Norm<Real>, Real, T>(norm, chunk, NoFactors{}, typed);
   } else {
-    reduce_runs<Norm<Real>, Real, T>(norm, chunk, typed);
+    reduce_runs<Norm<Real>, Real, T>(norm, chunk, NoFactors{}, typed);
+  }
+}
+
+// The same of elements times factors, as a tensor of float64 with these products.
+template <template <class> class Norm, class T>
+void reduce_scaled(const Chunk& chunk, const ChunkFactors& factors, double p, void* partials) {
+  using Real = typename RealOf<T>::Type;  // that elements are widened to
+  const Norm<double> norm(p);
+  auto* typed = static_cast<typename Norm<double>::Partial*>(partials);
+  const auto reduce_by = [&](auto factors_of) {
+    if (chunk.run < kShortestRun) {
+      reduce_columns<Norm<double>, Real, T>(norm, chunk, factors_of, typed);
+    } else {
+      reduce_runs<Norm<double>, Real, T>(norm, chunk, factors_of, typed);
+    }
+  };
+  if (factors.in_rows) {
+    reduce_by(RowFactors{factors});
+  } else {
+    reduce_by(PlaceFactors{factors.values});
   }
 }
 
