@@ -51,6 +51,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/sentence_encoder.py
 	$(BIN)/python examples/whole_model.py
 	$(BIN)/python examples/compact.py
+	$(BIN)/python examples/activations.py
 	$(BIN)/torchrun --nproc-per-node 4 examples/sharded.py
 
 lint: $(VENV)/tools

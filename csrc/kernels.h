@@ -100,10 +100,11 @@ struct ZeroItem {
   Slices slices;
 };
 
-// What belongs to one matrix of a batch, or to one ranking.
+// What belongs to one matrix of a batch, or to one ranking. Null stays null; not by a choice of two
+// addresses, by which compilers for a GPU forget what memory they are of.
 template <class T>
 LNPRUNE_FUNCTION T* moved_by(T* address, int64_t count) {
-  return address == nullptr ? nullptr : address + count;
+  return address + (address == nullptr ? 0 : count);
 }
 template <class Bytes>
 LNPRUNE_FUNCTION Bytes* moved_by(Bytes* address, int64_t count, ElementType type) {
@@ -124,10 +125,10 @@ LNPRUNE_FUNCTION RankItem matrix_of(const RankItem& item, int64_t matrix) {
 LNPRUNE_FUNCTION SelectItem ranking_of(const SelectItem& item, int64_t ranking) {
   const int64_t channels = ranking * item.channels;
   SelectItem one = item;
-  one.norms = moved_by(item.norms, channels);
+  one.norms = item.norms + channels;
   one.mask_counts = moved_by(item.mask_counts, channels);
   one.rankings = 1;
-  one.keep = moved_by(item.keep, channels);
+  one.keep = item.keep + channels;
   return one;
 }
 

@@ -483,7 +483,7 @@ README = ROOT / report.README
 RESULTS = ROOT / report.RESULTS
 
 
-@pytest.mark.parametrize("name", ["cpu", "models", "coupling", "sharded"])
+@pytest.mark.parametrize("name", ["cpu", "models", "coupling", "sharded", "experts"])
 def test_the_readme_says_what_the_page_says(name):
     lines = report.marked(README, f"benchmarks.{name}")
     assert lines.count("\n") >= 4
@@ -491,7 +491,7 @@ def test_the_readme_says_what_the_page_says(name):
     assert not (RESULTS / f"{name}.json").exists()
 
 
-@pytest.mark.parametrize("name", ["cpu", "models", "cuda", "coupling", "sharded"])
+@pytest.mark.parametrize("name", ["cpu", "models", "cuda", "coupling", "sharded", "experts"])
 def test_the_pages_are_one_screen_of_figures(name):
     page = (RESULTS / f"{name}.md").read_text()
     assert len(page.splitlines()) <= 66

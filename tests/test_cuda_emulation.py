@@ -821,8 +821,8 @@ BUGS = {
     "flags_of_the_first_matrix": Bug(
         "matrices of a batch",
         "masks.cu",
-        "const ZeroItem item = matrix_of(task.item, place.matrix);",
-        "ZeroItem item = matrix_of(task.item, place.matrix);\n  item.keep = task.item.keep;",
+        "keep(task.item.keep + number * task.item.slices.channels) {}",
+        "keep(task.item.keep) {}",
         check_batches,
         "other elements are zero",
     ),

@@ -168,7 +168,39 @@ def check_compact(names):
     assert len([line for line in recipe if line]) <= 20
 
 
+def check_experts(names):
+    """Amounts of each expert, a narrower layer, and one without an expert that computes the same."""
+    model, tokens, small, keep = (names[name] for name in ("model", "tokens", "small", "keep"))
+    assert not torch.allclose(names["narrow"], names["before"])
+    assert int(keep.sum()) == 3
+    torch.testing.assert_close(model(tokens), names["before"])
+    flags = names["plan"].keep
+    assert all(torch.equal(each, keep) for each in flags.values())
+    norms = [w.flatten(1).norm(dim=1) for w in (*model.experts.parameters(), model.router.weight)]
+    assert int(torch.stack(norms).norm(dim=0).argmin()) == int((~keep).nonzero())
+    logits = model.router(tokens).masked_fill(~keep, -torch.inf)
+    best, chosen = logits.topk(2, dim=-1)
+    weights = torch.zeros_like(logits).scatter(-1, chosen, best.softmax(dim=-1))
+    torch.testing.assert_close(small(tokens), model.experts(tokens, weights))
+
+
+def check_scores(names):
+    """Rankings by what the page says."""
+    model, norms = names["model"], names["norms"]
+    for layer in ("0", "2"):
+        weight, factors = model.get_parameter(f"{layer}.weight").detach().double(), norms[f"{layer}.weight"]
+        key = f"{layer}.weight"
+        torch.testing.assert_close(names["outputs"].norms[key], (weight * factors).norm(dim=1))
+        torch.testing.assert_close(names["inputs"].norms[key], weight.norm(dim=0) * factors)
+        gradient = model.get_parameter(key).grad.double()
+        torch.testing.assert_close(
+            names["taylor"].norms[key], (weight * gradient).abs().sum(dim=1), rtol=1e-5, atol=0
+        )
+
+
 DOCS_CHECKS = {
+    "experts.md": check_experts,
+    "scores.md": check_scores,
     "training.md": check_training,
     "models.md": check_heads,
     "coupling.md": check_coupling,

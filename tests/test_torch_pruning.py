@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lnprune
 from benchmarks.resnet50 import resnet50
 from tests.small_models import CASES
 from tests.test_coupled_plans import joined
@@ -171,3 +172,23 @@ def test_without_torch_pruning_the_import_names_the_extra(monkeypatch):
         ImportError, match=r'"torch-pruning" brings: pip install "lnprune\[torch-pruning\]"$'
     ):
         importlib.import_module("lnprune.integrations.torch_pruning")
+
+
+def test_taylor_scores_are_theirs_for_a_layer_by_itself():
+    """The recipe of docs/scores.md: |weight * gradient| as scores, ranked by order 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(150, 5)
+    )
+    inputs = torch.randn(2, 3, 9, 9)
+    model(inputs).square().sum().backward()
+    scores = {name: p.detach() * p.grad for name, p in model.named_parameters() if p.dim() > 1}
+    found = lnprune.rank(model, 1, "out", scores).norms
+    graph = torch_pruning.DependencyGraph().build_dependency(model, inputs)
+    importance = torch_pruning.importance.GroupTaylorImportance(group_reduction="first", normalizer=None)
+    names = {module: name for name, module in model.named_modules()}
+    groups = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
+    assert len(groups) == 3
+    for group in groups:
+        norms = found[f"{names[group[0].dep.layer]}.weight"]
+        torch.testing.assert_close(importance(group).double(), norms, rtol=1e-5, atol=1e-6)

@@ -11,6 +11,19 @@ constexpr int kVectorsPerThread = 4;
 template <class T>
 constexpr int kLength = Vector<T>::kLength;
 
+// A matrix of a tensor: its elements from `begin` to `end`, and its flags.
+struct Matrix {
+  int64_t begin;
+  int64_t end;
+  const bool* keep;
+
+  template <class Item>
+  __device__ __forceinline__ Matrix(const TileTask<Item>& task, int64_t number)
+      : begin(number * task.elements),
+        end(begin + task.elements),
+        keep(task.item.keep + number * task.item.slices.channels) {}
+};
+
 // The keep flags of consecutive elements, from one position on. 32 bits hold any position in most
 // tensors, and their divisions are several times faster.
 template <class Index>
@@ -22,11 +35,11 @@ struct Flags {
   Index within;
 
   template <class Item>
-  __device__ __forceinline__ Flags(const Item& item, int64_t element)
-      : keep(item.keep),
+  __device__ __forceinline__ Flags(const Item& item, const Matrix& matrix, int64_t element)
+      : keep(matrix.keep),
         channels(static_cast<Index>(item.slices.channels)),
         inner(static_cast<Index>(item.slices.inner)) {
-    const Index position = static_cast<Index>(element);
+    const Index position = static_cast<Index>(element - matrix.begin);
     const Index run = position / inner;
     within = position - run * inner;
     channel = run % channels;
@@ -51,8 +64,8 @@ struct Walk {
   Index rest;
 
   template <class Item>
-  __device__ __forceinline__ Walk(const Item& item, int64_t element)
-      : flags(item, element),
+  __device__ __forceinline__ Walk(const Item& item, const Matrix& matrix, int64_t element)
+      : flags(item, matrix, element),
         runs(static_cast<Index>(kStep) / flags.inner % flags.channels),
         rest(static_cast<Index>(kStep) % flags.inner) {}
   __device__ __forceinline__ void step() {
@@ -76,32 +89,30 @@ __device__ __forceinline__ unsigned pruned_from(Flags<Index> flags) {
   return pruned;
 }
 
-struct Range {
-  int64_t begin;
-  int64_t end;
-};
-
 // What a block works on: a tile of a matrix. Backwards: what the rank step read last is likely
 // still in the cache.
+template <class T>
 struct Tile {
-  int64_t matrix;
-  int64_t tile;
+  Matrix matrix;
+  int64_t begin;
+  int64_t end;
 
   template <class Item>
-  __device__ __forceinline__ Tile(const TileTask<Item>& task, int64_t block) {
-    const int64_t left = task.item.slices.batch * task.tiles - 1 - block;
-    matrix = left / task.tiles;
-    tile = left - matrix * task.tiles;
+  __device__ __forceinline__ Tile(const TileTask<Item>& task, int64_t block)
+      : Tile(task, task.item.slices.batch * task.tiles - 1 - block,
+             // Without a division where there is one matrix.
+             task.item.slices.batch == 1
+                 ? 0
+                 : (task.item.slices.batch * task.tiles - 1 - block) / task.tiles) {}
+
+  template <class Item>
+  __device__ __forceinline__ Tile(const TileTask<Item>& task, int64_t tile, int64_t number)
+      : matrix(task, number) {
+    constexpr int64_t kTile = kThreads * kVectorsPerThread * kLength<T>;
+    begin = matrix.begin + (tile - number * task.tiles) * kTile;
+    end = begin + kTile < matrix.end ? begin + kTile : matrix.end;
   }
 };
-
-// The elements of a tile.
-template <class T, class Item>
-__device__ __forceinline__ Range range_of(const TileTask<Item>& task, const Tile& place) {
-  constexpr int64_t kTile = kThreads * kVectorsPerThread * kLength<T>;
-  const int64_t begin = place.tile * kTile;
-  return {begin, begin + kTile < task.elements ? begin + kTile : task.elements};
-}
 
 // For elements of one byte, a table of the block with what a mask of zero makes of each of the 256,
 // and then what a mask of one does. Wider elements are multiplied.
@@ -137,13 +148,14 @@ __device__ __forceinline__ T product_with_flag(bool kept, T x, const T* products
 }
 
 template <class T, class Index>
-__device__ __forceinline__ void write_elements(const WriteItem& item, const T* products,
-                                               int64_t begin, int64_t end, int64_t step) {
+__device__ __forceinline__ void write_elements(const WriteItem& item, const Matrix& matrix,
+                                               const T* products, int64_t begin, int64_t end,
+                                               int64_t step) {
   const T* mask = static_cast<const T*>(item.mask);
   const T* original = static_cast<const T*>(item.original);
 #pragma unroll 1
   for (int64_t i = begin; i < end; i += step) {
-    const bool kept = Flags<Index>(item, i).kept();
+    const bool kept = Flags<Index>(item, matrix, i).kept();
     T flag = one_or_zero<T>(kept);
     if (mask != nullptr) flag = product_with_flag(kept, load(mask + i), products);
     store(static_cast<T*>(item.new_mask) + i, flag);
@@ -187,8 +199,8 @@ __device__ __forceinline__ bool mask_vector(const WriteItem& item, Kept kept, Ve
 
 // Where all elements of a vector are kept, or all are pruned, they share one flag.
 template <class T, class Index>
-__device__ __forceinline__ void write_vectors(const WriteItem& item, const T* products,
-                                              int64_t begin, int64_t end) {
+__device__ __forceinline__ void write_vectors(const WriteItem& item, const Matrix& matrix,
+                                              const T* products, int64_t begin, int64_t end) {
   constexpr int L = kLength<T>;
   constexpr unsigned kAll = (1u << L) - 1;
   const T* mask = static_cast<const T*>(item.mask);
@@ -201,7 +213,7 @@ __device__ __forceinline__ void write_vectors(const WriteItem& item, const T* pr
     if (i < end && mask != nullptr) masks[u] = load_vector<16>(mask + i);
     if (i < end && item.weight != nullptr) originals[u] = load_vector<16>(original + i);
   }
-  Walk<Index, kThreads * L> walk(item, begin);
+  Walk<Index, kThreads * L> walk(item, matrix, begin);
   unsigned pruned[kVectorsPerThread];
 #pragma unroll
   for (int u = 0; u < kVectorsPerThread; ++u) {
@@ -221,7 +233,7 @@ __device__ __forceinline__ void write_vectors(const WriteItem& item, const T* pr
       known = mask_vector(item, kept, masks[u], originals[u], products);
     }
     if (!known) {
-      write_elements<T, Index>(item, products, i, i + L, 1);
+      write_elements<T, Index>(item, matrix, products, i, i + L, 1);
       continue;
     }
     store_vector(static_cast<T*>(item.new_mask) + i, masks[u]);
@@ -233,16 +245,15 @@ template <class T, class Index>
 __device__ __forceinline__ void write_tile_of(const WriteTask& task, const T* products,
                                               int64_t block) {
   constexpr int L = kLength<T>;
-  const Tile place(task, block);
-  const WriteItem item = matrix_of(task.item, place.matrix);
-  const auto [begin, end] = range_of<T>(task, place);
+  const Tile<T> tile(task, block);
+  const auto& [matrix, begin, end] = tile;
   const int thread = static_cast<int>(threadIdx.x);
   int64_t written = begin;
   if (task.vectors) {
     written = begin + (end - begin) / L * L;
-    write_vectors<T, Index>(item, products, begin + thread * L, written);
+    write_vectors<T, Index>(task.item, matrix, products, begin + thread * L, written);
   }
-  write_elements<T, Index>(item, products, written + thread, end, kThreads);
+  write_elements<T, Index>(task.item, matrix, products, written + thread, end, kThreads);
 }
 
 // At least so many blocks on a multiprocessor, which caps the registers.
@@ -284,10 +295,11 @@ constexpr Kernel<Table> kWriteKernels[kElementTypes] = {
 
 // Flags are asked for ahead of the stores: the compiler cannot know that these change none of them.
 template <class Word, class Index>
-__device__ __forceinline__ void zero_elements(const ZeroItem& item, int64_t begin, int64_t end) {
+__device__ __forceinline__ void zero_elements(const ZeroItem& item, const Matrix& matrix,
+                                              int64_t begin, int64_t end) {
   constexpr int L = kLength<Word>;
   Word* words = static_cast<Word*>(item.elements);
-  Walk<Index, kThreads> walk(item, begin);
+  Walk<Index, kThreads> walk(item, matrix, begin);
 #pragma unroll 1
   for (int64_t i = begin; i < end; i += kThreads * L) {
     unsigned pruned = 0;
@@ -304,10 +316,11 @@ __device__ __forceinline__ void zero_elements(const ZeroItem& item, int64_t begi
 }
 
 template <class Word, class Index>
-__device__ __forceinline__ void zero_vectors(const ZeroItem& item, int64_t begin, int64_t end) {
+__device__ __forceinline__ void zero_vectors(const ZeroItem& item, const Matrix& matrix,
+                                             int64_t begin, int64_t end) {
   constexpr int L = kLength<Word>;
   Word* words = static_cast<Word*>(item.elements);
-  Walk<Index, kThreads * L> walk(item, begin);
+  Walk<Index, kThreads * L> walk(item, matrix, begin);
   unsigned pruned[kVectorsPerThread];
 #pragma unroll
   for (int u = 0; u < kVectorsPerThread; ++u) {
@@ -331,16 +344,15 @@ __device__ __forceinline__ void zero_vectors(const ZeroItem& item, int64_t begin
 template <class Word, class Index>
 __device__ __forceinline__ void zero_tile_of(const ZeroTask& task, int64_t block) {
   constexpr int L = kLength<Word>;
-  const Tile place(task, block);
-  const ZeroItem item = matrix_of(task.item, place.matrix);
-  const auto [begin, end] = range_of<Word>(task, place);
+  const Tile<Word> tile(task, block);
+  const auto& [matrix, begin, end] = tile;
   const int thread = static_cast<int>(threadIdx.x);
   int64_t zeroed = begin;
   if (task.vectors) {
     zeroed = begin + (end - begin) / L * L;
-    zero_vectors<Word, Index>(item, begin + thread * L, zeroed);
+    zero_vectors<Word, Index>(task.item, matrix, begin + thread * L, zeroed);
   }
-  if (zeroed < end) zero_elements<Word, Index>(item, zeroed + thread, end);
+  if (zeroed < end) zero_elements<Word, Index>(task.item, matrix, zeroed + thread, end);
 }
 
 // Reads flags alone, and touches no element that stays.

@@ -493,7 +493,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
     __syncthreads();
   }
   const int64_t blocks = int64_t{task.chunks} * task.strips;  // of a matrix
-  const int64_t number = place.block / blocks;
+  const int64_t number = task.batch == 1 ? 0 : place.block / blocks;
   const int64_t block = place.block - number * blocks;
   const Matrix matrix(task, memory, number);
   const Plain read{values};
@@ -526,7 +526,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
   }
   const int64_t blocks = int64_t{task.chunks} * task.strips;  // of a matrix
-  const int64_t number = place.block / blocks;
+  const int64_t number = task.batch == 1 ? 0 : place.block / blocks;
   const Matrix matrix(task, memory, number);
   const Scaled<T> read{values,
                        static_cast<const T*>(matrix.elements),
