@@ -263,3 +263,30 @@ def test_fake_tensors_have_the_shapes_of_batches():
             channels = batch.size * channels_of(shape, dim, batch)
             [norms] = ops.channel_norms([torch.empty(shape)], [dim], 2.0, numbers([batch]))
             assert norms.shape == (channels,)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dim", [1, 2])
+def test_large_batches_in_pieces_are_pruned_as_their_matrices(dim):
+    """More bytes than are ranked before the first of them is written, beside tensors without a batch."""
+    tensors = [
+        cases.random_values(shape, torch.float32) for shape in ((21, 300, 257), (40, 50), (3, 700, 900))
+    ]
+    dims, batches = [dim, 0, dim], [Batch(0, 21), None, Batch(0, 3)]
+    counts = [t.shape[d] // 3 for t, d in zip(tensors, dims, strict=True)]
+    amounts = counts, [0.0] * 3, numbers(batches)
+    masks, _ = ops.prune_channels(tensors, [], tensors, dims, 2.0, *amounts)
+    again, _ = ops.prune_channels(tensors, masks, [], dims, 1.0, [-1] * 3, [0.4] * 3, numbers(batches))
+    zeros = [tensor.clone() for tensor in tensors]
+    ops.prune_channels_(tensors, zeros, dims, 2.0, *amounts)
+    in_place = [tensor.clone() for tensor in tensors]
+    ops.prune_channels_(in_place, in_place, dims, 2.0, *amounts)
+    for i, tensor in enumerate(tensors):
+        assert torch.equal(zeros[i], tensor * masks[i])
+        assert torch.equal(in_place[i], zeros[i])
+        for k, part in enumerate(tensor if batches[i] else [tensor]):
+            along = dims[i] - (1 if batches[i] else 0)
+            [mask], _ = ops.prune_channels([part], [], [], [along], 2.0, counts[i : i + 1], [0.0])
+            [second], _ = ops.prune_channels([part], [mask], [], [along], 1.0, [-1], [0.4])
+            assert torch.equal(masks[i][k] if batches[i] else masks[i], mask)
+            assert torch.equal(again[i][k] if batches[i] else again[i], second)
