@@ -432,13 +432,13 @@ BUGS = {
     "ticket_drawn_before_the_partials_are_stored": Bug(
         "ticket",
         "norms.cu",
-        "  if (first_of_team) put(task, matrix, norm, chunk, channel, total);\n\n"
+        "  if (first_of_team) put(task, memory, matrix, norm, chunk, channel, total);\n\n"
         "  if (task.chunks == 1) return true;\n"
-        "  unsigned* ticket = matrix.tickets + strip;\n"
+        "  unsigned* ticket = matrix.tickets(task, memory) + strip;\n"
         "  if (!draws_last(ticket, task.chunks, shared_last)) return false;\n",
-        "  unsigned* ticket = matrix.tickets + strip;\n"
+        "  unsigned* ticket = matrix.tickets(task, memory) + strip;\n"
         "  const bool last = task.chunks > 1 && draws_last(ticket, task.chunks, shared_last);\n"
-        "  if (first_of_team) put(task, matrix, norm, chunk, channel, total);\n"
+        "  if (first_of_team) put(task, memory, matrix, norm, chunk, channel, total);\n"
         "  if (task.chunks == 1 || !last) return task.chunks == 1;\n",
         check_runs,
     ),
@@ -800,22 +800,22 @@ BUGS = {
     "selection_ticket_of_the_first_matrix": Bug(
         "matrices of a batch",
         "norms.cu",
-        "memory.tickets + task.selection_ticket + number;",
+        "memory.tickets + task.selection_ticket + matrix.number;",
         "memory.tickets + task.selection_ticket;",
         check_batches,
     ),
     "partials_of_the_first_matrix": Bug(
         "matrices of a batch",
         "norms.cu",
-        "memory.partials + task.first_partial + matrix * task.chunks * task.channels",
-        "memory.partials + task.first_partial",
+        "task.first_partial +\n           number * task.chunks * task.channels;",
+        "task.first_partial;",
         check_batches,
     ),
     "tickets_of_the_first_matrix": Bug(
         "matrices of a batch",
         "norms.cu",
-        "memory.tickets + task.first_ticket + matrix * task.strips",
-        "memory.tickets + task.first_ticket",
+        "task.first_ticket + number * task.strips;",
+        "task.first_ticket;",
         check_batches,
     ),
     "flags_of_the_first_matrix": Bug(
@@ -845,7 +845,7 @@ BUGS = {
     "factors_of_the_first_matrix": Bug(
         "factors",
         "norms.cu",
-        "task.scaling.factors + number * task.scaling.matrix,",
+        "task.scaling.factors + matrix.number * task.scaling.matrix,",
         "task.scaling.factors,",
         check_scaled,
         "other norms",

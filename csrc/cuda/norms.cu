@@ -196,18 +196,29 @@ __device__ __forceinline__ typename Norm::Partial fold_team(const Norm& norm,
   return value;
 }
 
-// What a block has of the matrix that it works on.
+// The matrix that a block works on. Its number is all that is kept of it: pointers would take the
+// registers of elements.
 struct Matrix {
-  const void* elements;
-  double* norms;
-  uint64_t* partials;  // of [chunks][channels], where there is more than one chunk
-  unsigned* tickets;   // of [strips], where there is more than one chunk
+  int number;
 
-  __device__ __forceinline__ Matrix(const RankTask& task, const RankMemory& memory, int64_t matrix)
-      : elements(moved_by(task.elements, matrix * task.matrix, task.type)),
-        norms(task.norms + matrix * task.channels),
-        partials(memory.partials + task.first_partial + matrix * task.chunks * task.channels),
-        tickets(memory.tickets + task.first_ticket + matrix * task.strips) {}
+  __device__ __forceinline__ const void* elements(const RankTask& task) const {
+    return moved_by(task.elements, number * task.matrix, task.type);
+  }
+  __device__ __forceinline__ double* norms(const RankTask& task) const {
+    return task.norms + number * task.channels;
+  }
+  // Of [chunks][channels], where there is more than one chunk.
+  template <class Partial>
+  __device__ __forceinline__ Partial* partials(const RankTask& task,
+                                               const RankMemory& memory) const {
+    return reinterpret_cast<Partial*>(memory.partials) + task.first_partial +
+           number * task.chunks * task.channels;
+  }
+  // Of [strips], where there is more than one chunk.
+  __device__ __forceinline__ unsigned* tickets(const RankTask& task,
+                                               const RankMemory& memory) const {
+    return memory.tickets + task.first_ticket + number * task.strips;
+  }
 };
 
 // What is asked for of a channel: its norm, or the sum before the root.
@@ -220,13 +231,13 @@ __device__ __forceinline__ double result_of(const RankTask& task, const Norm& no
 
 // A chunk's partial, or, where that is all there is, the result.
 template <class Norm>
-__device__ __forceinline__ void put(const RankTask& task, const Matrix& matrix, const Norm& norm,
-                                    int64_t chunk, int64_t channel,
+__device__ __forceinline__ void put(const RankTask& task, const RankMemory& memory, Matrix matrix,
+                                    const Norm& norm, int chunk, int64_t channel,
                                     typename Norm::Partial partial) {
   if (task.chunks == 1) {
-    store(matrix.norms + channel, result_of(task, norm, partial));
+    store(matrix.norms(task) + channel, result_of(task, norm, partial));
   } else {
-    auto* partials = reinterpret_cast<typename Norm::Partial*>(matrix.partials);
+    auto* partials = matrix.partials<typename Norm::Partial>(task, memory);
     store(partials + chunk * task.channels + channel, partial);
   }
 }
@@ -249,9 +260,10 @@ __device__ __forceinline__ bool draws_last(unsigned* ticket, int tickets, int* s
 
 template <class Norm>
 __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& task,
-                                                             const Matrix& matrix, int64_t chunk,
+                                                             const RankMemory& memory,
+                                                             Matrix matrix, int64_t chunk,
                                                              int64_t channel) {
-  const auto* partials = reinterpret_cast<const typename Norm::Partial*>(matrix.partials);
+  const auto* partials = matrix.partials<const typename Norm::Partial>(task, memory);
   return load_from_other_blocks(partials + chunk * task.channels + channel);
 }
 
@@ -265,8 +277,8 @@ __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& tas
 // are taken element by element, and what belongs to one slot of one lane lies `shift` slots further
 // on. That is put right when all is added, so that the sums are those of a run without a shift.
 template <class Norm, class T, class Read>
-__device__ __forceinline__ bool rank_runs(const RankTask& task, const Matrix& matrix,
-                                          const Norm& norm, int64_t strip, int64_t chunk,
+__device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory& memory,
+                                          Matrix matrix, const Norm& norm, int strip, int chunk,
                                           const Read& read, typename Norm::Partial* shared,
                                           int* shared_last) {
   using Partial = typename Norm::Partial;
@@ -286,7 +298,7 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const Matrix& ma
     const int64_t first_row = chunk / cut.run_chunks * cut.rows_per_chunk;
     const int64_t end_row = smaller(first_row + cut.rows_per_chunk, cut.rows);
     int64_t row = first_row + thread % team / cut.lanes;
-    const T* run = static_cast<const T*>(matrix.elements) + row * cut.row_elements +
+    const T* run = static_cast<const T*>(matrix.elements(task)) + row * cut.row_elements +
                    channel * task.inner + begin;
     // The same in every row: all rows of a chunk begin alike.
     shift = static_cast<int>(reinterpret_cast<uintptr_t>(run) % kVectorBytes<T> / sizeof(T));
@@ -327,27 +339,27 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const Matrix& ma
   }
   const Partial total = fold_team(norm, partials[0], team, shared);
   const bool first_of_team = thread % team == 0 && channel < task.channels;
-  if (first_of_team) put(task, matrix, norm, chunk, channel, total);
+  if (first_of_team) put(task, memory, matrix, norm, chunk, channel, total);
 
   if (task.chunks == 1) return true;
-  unsigned* ticket = matrix.tickets + strip;
+  unsigned* ticket = matrix.tickets(task, memory) + strip;
   if (!draws_last(ticket, task.chunks, shared_last)) return false;
   Partial sum = norm.partial(norm.identity());
   if (channel < task.channels) {
 #pragma unroll 1
     for (int64_t c = thread % team; c < task.chunks; c += team) {
-      sum = norm.combine(sum, partial_of<Norm>(task, matrix, c, channel));
+      sum = norm.combine(sum, partial_of<Norm>(task, memory, matrix, c, channel));
     }
   }
   sum = fold_team(norm, sum, team, shared);
-  if (first_of_team) store(matrix.norms + channel, result_of(task, norm, sum));
+  if (first_of_team) store(matrix.norms(task) + channel, result_of(task, norm, sum));
   return true;
 }
 
 // Channels are columns: lanes own vectors of columns, groups of lanes own rows.
 template <class Norm, class T, class Read>
-__device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix& matrix,
-                                             const Norm& norm, int64_t strip, int64_t chunk,
+__device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMemory& memory,
+                                             Matrix matrix, const Norm& norm, int strip, int chunk,
                                              const Read& read, typename Norm::Partial* shared,
                                              int* shared_last) {
   using Partial = typename Norm::Partial;
@@ -371,8 +383,8 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix&
     const int64_t full_rows = cut.elements / cut.row_elements;
     const int64_t end_row = smaller((chunk + 1) * cut.rows_per_chunk, full_rows);
     int64_t row = chunk * cut.rows_per_chunk + group;
-    const T* elements =
-        static_cast<const T*>(matrix.elements) + row * cut.row_elements + first_column + column;
+    const T* elements = static_cast<const T*>(matrix.elements(task)) + row * cut.row_elements +
+                        first_column + column;
     const int64_t stride = cut.groups * cut.row_elements;
     if (task.aligned && row < end_row) {
       const int rows = static_cast<int>((end_row - row + cut.groups - 1) / cut.groups);
@@ -422,11 +434,11 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix&
         sum = norm.combine(sum, shared[i % L * kThreads + i / L]);
       }
     }
-    put(task, matrix, norm, chunk, first_channel + c, sum);
+    put(task, memory, matrix, norm, chunk, first_channel + c, sum);
   }
 
   if (task.chunks == 1) return true;
-  unsigned* ticket = matrix.tickets + strip;
+  unsigned* ticket = matrix.tickets(task, memory) + strip;
   if (!draws_last(ticket, task.chunks, shared_last)) return false;
   // From the width of a full strip, so that the last strip folds in the same order.
   const int width = cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;
@@ -439,7 +451,7 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix&
     if (helper < helpers && c < channels) {
 #pragma unroll 1
       for (int64_t k = helper; k < task.chunks; k += helpers) {
-        sum = norm.combine(sum, partial_of<Norm>(task, matrix, k, first_channel + c));
+        sum = norm.combine(sum, partial_of<Norm>(task, memory, matrix, k, first_channel + c));
       }
     }
     __syncthreads();
@@ -448,25 +460,27 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const Matrix&
     if (helper == 0 && c < channels) {
 #pragma unroll 1
       for (int h = 1; h < helpers; ++h) sum = norm.combine(sum, shared[h * width + thread]);
-      store(matrix.norms + first_channel + c, result_of(task, norm, sum));
+      store(matrix.norms(task) + first_channel + c, result_of(task, norm, sum));
     }
   }
   return true;
 }
 
 template <class Norm, class T, class Read>
-__device__ __forceinline__ bool rank_block(const RankTask& task, const Matrix& matrix, double p,
-                                           int64_t block, const Read& read, uint64_t* shared,
-                                           int* shared_last) {
+__device__ __forceinline__ bool rank_block(const RankTask& task, const RankMemory& memory,
+                                           Matrix matrix, double p, int block, const Read& read,
+                                           uint64_t* shared, int* shared_last) {
   static_assert(sizeof(typename Norm::Partial) == 8, "partials lie 8 bytes apart");
   const Norm norm(p);
-  const int64_t strip = block % task.strips;
-  const int64_t chunk = block / task.strips;
+  const int strip = block % task.strips;
+  const int chunk = block / task.strips;
   auto* partials = reinterpret_cast<typename Norm::Partial*>(shared);
   if (task.runs) {
-    return rank_runs<Norm, T>(task, matrix, norm, strip, chunk, read, partials, shared_last);
+    return rank_runs<Norm, T>(task, memory, matrix, norm, strip, chunk, read, partials,
+                              shared_last);
   } else {
-    return rank_columns<Norm, T>(task, matrix, norm, strip, chunk, read, partials, shared_last);
+    return rank_columns<Norm, T>(task, memory, matrix, norm, strip, chunk, read, partials,
+                                 shared_last);
   }
 }
 
@@ -492,29 +506,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
     values[threadIdx.x] = float8_value(task.type, threadIdx.x);
     __syncthreads();
   }
-  const int64_t blocks = int64_t{task.chunks} * task.strips;  // of a matrix
-  const int64_t number = task.batch == 1 ? 0 : place.block / blocks;
-  const int64_t block = place.block - number * blocks;
-  const Matrix matrix(task, memory, number);
+  const int blocks = task.chunks * task.strips;  // of a matrix
+  const Matrix matrix{task.batch == 1 ? 0 : static_cast<int>(place.block) / blocks};
+  const int block = static_cast<int>(place.block) - matrix.number * blocks;
   const Plain read{values};
   bool finished = false;
   if (std::is_same_v<Norm<Real>, NonzeroCount<Real>> || task.counts) {
-    finished = rank_block<NonzeroCount<Real>, T>(task, matrix, 0, block, read, shared, shared_last);
+    finished = rank_block<NonzeroCount<Real>, T>(task, memory, matrix, 0, block, read, shared,
+                                                 shared_last);
   } else {
-    finished = rank_block<Norm<Real>, T>(task, matrix, p, block, read, shared, shared_last);
+    finished = rank_block<Norm<Real>, T>(task, memory, matrix, p, block, read, shared, shared_last);
   }
   if (!finished || task.selection.keep == nullptr) return;
-  unsigned* ticket = memory.tickets + task.selection_ticket + number;
+  unsigned* ticket = memory.tickets + task.selection_ticket + matrix.number;
   if (!draws_last(ticket, task.selection_strips, shared_last)) return;
   static_assert(Select::kBuckets * sizeof(unsigned) <= kThreads * kLength<T> * sizeof(uint64_t),
                 "the histogram takes the place of the partials");
   auto* buckets = reinterpret_cast<unsigned*>(shared);
-  const SelectItem selection = ranking_of(task.selection, number);
+  const SelectItem selection = ranking_of(task.selection, matrix.number);
   Select{selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
 }
 
 template <template <class> class Norm, class T, class Table>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     scaled_rank_kernel(LNPRUNE_PARAMETER(Table, table), RankMemory memory, double p) {
   LNPRUNE_SHARED(uint64_t, shared, kThreads* kLength<T>);
   LNPRUNE_SHARED(float, values, kHasTable<T> ? 256 : 1);
@@ -525,16 +539,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     values[threadIdx.x] = float8_value(task.type, threadIdx.x);
     __syncthreads();
   }
-  const int64_t blocks = int64_t{task.chunks} * task.strips;  // of a matrix
-  const int64_t number = task.batch == 1 ? 0 : place.block / blocks;
-  const Matrix matrix(task, memory, number);
+  const int blocks = task.chunks * task.strips;  // of a matrix
+  const Matrix matrix{static_cast<int>(place.block) / blocks};
   const Scaled<T> read{values,
-                       static_cast<const T*>(matrix.elements),
-                       task.scaling.factors + number * task.scaling.matrix,
+                       static_cast<const T*>(matrix.elements(task)),
+                       task.scaling.factors + matrix.number * task.scaling.matrix,
                        task.scaling.place,
                        task.inner,
                        task.row};
-  rank_block<Norm<double>, T>(task, matrix, p, place.block - number * blocks, read, shared,
+  rank_block<Norm<double>, T>(task, memory, matrix, p,
+                              static_cast<int>(place.block) - matrix.number * blocks, read, shared,
                               shared_last);
 }
 
