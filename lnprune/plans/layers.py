@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,13 @@ class Parameters(NamedTuple):
                 size = size - slices * gone(layer)
             left = left * size
         return left
+
+    def costs(self) -> Iterator[tuple[int, int]]:
+        """How many elements a channel of each layer has, where all slices lie along one dim."""
+        for dim, layers in self.layers.items():
+            others = math.prod(size for d, size in enumerate(self.shape) if d != dim)
+            for layer, slices in layers:
+                yield layer, slices * others
 
 
 @dataclass(frozen=True)

@@ -277,10 +277,23 @@ class Arrangement:
             torch.cumsum(layers == layer, 0, out=stay[1:])
             return self.layers.channels[layer] - (stay + self.fewest[layer]) * self.step
 
+        # A parameter whose slices lie along one dim loses as much with each block, whichever go before it.
+        costs = [0] * len(self.left)
+        first = [
+            every - fewest * self.step
+            for every, fewest in zip(self.layers.channels, self.fewest, strict=True)
+        ]
+        required = 0
         totals = torch.zeros(len(layers) + 1, dtype=torch.int64, device="cpu")
         for each in parameters:
-            totals += each.left(gone)
-        return totals
+            if len(each.layers) > 1:
+                totals += each.left(gone)
+                continue
+            required += each.left(first.__getitem__)
+            for layer, cost in each.costs():
+                costs[layer] += cost * self.step
+        steps = integers(costs)[layers]
+        return totals + torch.cat([integers([required]), steps]).cumsum(0)
 
     def _totals(self, of: str) -> Tensor:
         """What is kept in all when the first 0, 1, 2, ... blocks of the ranking stay."""
