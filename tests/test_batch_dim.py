@@ -442,3 +442,24 @@ def test_zeros_are_kept_through_training():
     for name, keep in plan.keep.items():
         attribute, i = name[:-1].split("[")
         assert torch.equal((getattr(model, attribute)[int(i)] != 0).any(dim=0), keep)
+
+
+def test_the_plot_has_a_cell_for_each_parameter_and_a_line_for_each_expert(monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    model = Experts()
+    plan = lnprune.rank(
+        model,
+        2,
+        {"up": 1, "down": 2, "gate.weight": 0},
+        batch_dim={"up": 0, "down": 0},
+        include=["up", "down", "gate"],
+    ).select(0.5)
+    plan.plot(tmp_path / "plan.png")
+    *cells, bars = drawn[0].axes
+    assert sorted(cell.get_title() for cell in cells) == ["down", "gate.weight", "up"]
+    for cell in cells:
+        lines = 1 if cell.get_title() == "gate.weight" else 2 * EXPERTS
+        assert len(cell.lines) == lines
+    assert [bar.get_height() for bar in bars.patches] == [0.5] * 3

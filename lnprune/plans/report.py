@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lnprune.atomic_file import replacing
@@ -113,8 +115,9 @@ def plot(
             'plot needs matplotlib, which the extra "plot" brings: pip install "lnprune[plot]"'
         ) from error
 
-    names = _short([entry.name for entry in entries])
-    count = max(1, len(ranked))
+    cells = _cells(entries)
+    names = _short([name for name, _ in cells])
+    count = max(1, len(cells))
     columns = min(count, max(3, math.ceil(math.sqrt(2 * count))))
     lines = math.ceil(count / columns)
     font = 6 if len(names) > 20 else 8
@@ -126,24 +129,31 @@ def plot(
     FigureCanvasAgg(figure)
     cell = (width - _SIDE) / columns
     groups = "groups of channels" if selection["group_size"] > 1 else "channels"
-    for i, (norms, kept) in enumerate(ranked):
+    for i, (_, rankings) in enumerate(cells):
         line, column = divmod(i, columns)
         left, bottom = _SIDE + column * cell, height - _HEAD - (line + 1) * _CELL_HEIGHT + 0.4
         axis = figure.add_axes((left / width, bottom / height, (cell - 0.45) / width, 0.95 / height))
-        axis.plot(range(1, len(norms) + 1), norms, color="tab:blue", linewidth=1.4)
-        axis.axvspan(kept + 0.5, max(len(norms), kept) + 0.5, color="tab:gray", alpha=0.25, linewidth=0)
+        for norms, kept in (ranked[k] for k in rankings):
+            ranks = range(1, len(norms) + 1)
+            if len(rankings) > 1:  # of a batch: what stays of each matrix is drawn darker
+                axis.plot(ranks, norms, color="tab:gray", linewidth=0.5, alpha=0.5)
+                axis.plot(ranks[:kept], norms[:kept], color="tab:blue", linewidth=0.7, alpha=0.5)
+                continue
+            axis.plot(ranks, norms, color="tab:blue", linewidth=1.4)
+            axis.axvspan(kept + 0.5, max(len(norms), kept) + 0.5, color="tab:gray", alpha=0.25, linewidth=0)
         if cut is not None and math.isfinite(cut):
             axis.axhline(cut, color="tab:red", linewidth=0.9, linestyle="--")
         axis.set_title(names[i], fontsize=6.5, pad=3)
         axis.tick_params(labelsize=6)
         axis.margins(x=0)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        norms = torch.cat([ranked[k][0] for k in rankings])
         finite = norms[norms.isfinite()]
         if len(finite):
             axis.set_ylim(bottom=min(0.0, float(finite.min())))
         if column == 0:
             axis.set_ylabel("norm", fontsize=7)
-        if i + columns >= len(ranked):
+        if i + columns >= len(cells):
             axis.set_xlabel(f"{groups}, by rank", fontsize=7)
     normalize = selection["normalize"]
     divided = "" if normalize == "none" else f", divided by {_DIVISORS[normalize]}"
@@ -154,7 +164,10 @@ def plot(
     axis = figure.add_axes(
         (_SIDE / width, labels / height, (width - _SIDE - 0.15) / width, (_BARS - 0.2) / height)
     )
-    shares = [entry.kept / max(1, entry.channels) for entry in entries]
+    shares = [
+        sum(entries[k].kept for k in rankings) / max(1, sum(entries[k].channels for k in rankings))
+        for _, rankings in cells
+    ]
     axis.bar(range(len(shares)), shares, color="tab:blue")
     axis.set_ylim(0, 1)
     axis.margins(x=0.005)
@@ -164,6 +177,14 @@ def plot(
     axis.set_xticklabels(names, rotation=90, fontsize=font)
     axis.tick_params(axis="y", labelsize=7)
     save_figure(figure, path, dpi=120)
+
+
+def _cells(entries: Sequence[PlanEntry]) -> list[tuple[str, list[int]]]:
+    """The parameters, each with its rankings by number: matrices of one parameter share a cell."""
+    cells: dict[str, list[int]] = {}
+    for i, entry in enumerate(entries):
+        cells.setdefault(re.sub(r"\[\d+\]$", "", entry.name), []).append(i)
+    return list(cells.items())
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
