@@ -432,13 +432,13 @@ BUGS = {
     "ticket_drawn_before_the_partials_are_stored": Bug(
         "ticket",
         "norms.cu",
-        "  if (first_of_team) put(task, memory, matrix, norm, chunk, channel, total);\n\n"
+        "  if (first_of_team) put(task, memory, work, norm, channel, total);\n\n"
         "  if (task.chunks == 1) return true;\n"
-        "  unsigned* ticket = matrix.tickets(task, memory) + strip;\n"
+        "  unsigned* ticket = work.ticket(task, memory);\n"
         "  if (!draws_last(ticket, task.chunks, shared_last)) return false;\n",
-        "  unsigned* ticket = matrix.tickets(task, memory) + strip;\n"
+        "  unsigned* ticket = work.ticket(task, memory);\n"
         "  const bool last = task.chunks > 1 && draws_last(ticket, task.chunks, shared_last);\n"
-        "  if (first_of_team) put(task, memory, matrix, norm, chunk, channel, total);\n"
+        "  if (first_of_team) put(task, memory, work, norm, channel, total);\n"
         "  if (task.chunks == 1 || !last) return task.chunks == 1;\n",
         check_runs,
     ),
@@ -561,8 +561,8 @@ BUGS = {
     "short_last_row_left_out": Bug(
         "bounds of the rank step",
         "norms.cu",
-        "smaller((chunk + 1) * cut.rows_per_chunk, cut.rows);\n#pragma",
-        "smaller((chunk + 1) * cut.rows_per_chunk, full_rows);\n#pragma",
+        "cut.rows_per_chunk, cut.rows);\n#pragma",
+        "cut.rows_per_chunk, full_rows);\n#pragma",
         check_columns,
     ),
     "fold_by_the_width_of_the_strip": Bug(
@@ -800,22 +800,22 @@ BUGS = {
     "selection_ticket_of_the_first_matrix": Bug(
         "matrices of a batch",
         "norms.cu",
-        "memory.tickets + task.selection_ticket + matrix.number;",
+        "memory.tickets + task.selection_ticket + work.matrix;",
         "memory.tickets + task.selection_ticket;",
         check_batches,
     ),
     "partials_of_the_first_matrix": Bug(
         "matrices of a batch",
         "norms.cu",
-        "task.first_partial +\n           number * task.chunks * task.channels;",
+        "task.first_partial +\n           matrix * task.chunks * task.channels;",
         "task.first_partial;",
         check_batches,
     ),
     "tickets_of_the_first_matrix": Bug(
         "matrices of a batch",
         "norms.cu",
-        "task.first_ticket + number * task.strips;",
-        "task.first_ticket;",
+        "task.first_ticket + matrix * task.strips + strip;",
+        "task.first_ticket + strip;",
         check_batches,
     ),
     "flags_of_the_first_matrix": Bug(
@@ -845,7 +845,7 @@ BUGS = {
     "factors_of_the_first_matrix": Bug(
         "factors",
         "norms.cu",
-        "task.scaling.factors + matrix.number * task.scaling.matrix,",
+        "task.scaling.factors + work.matrix * task.scaling.matrix,",
         "task.scaling.factors,",
         check_scaled,
         "other norms",

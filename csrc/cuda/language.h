@@ -24,6 +24,15 @@ struct alignas(kBytes) Vector {
   T elements[kLength];
 };
 
+// The same number, which the compiler takes for another one: what follows from it is computed
+// again, and takes no register meanwhile.
+__device__ __forceinline__ int computed_again(int number) {
+#if !defined(LNPRUNE_EMULATED_CUDA)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 #if !defined(LNPRUNE_EMULATED_CUDA)
 
 // A large parameter of a kernel: read where the launch put it, never copied.

@@ -196,28 +196,38 @@ __device__ __forceinline__ typename Norm::Partial fold_team(const Norm& norm,
   return value;
 }
 
-// The matrix that a block works on. Its number is all that is kept of it: pointers would take the
-// registers of elements.
-struct Matrix {
-  int number;
+// What a block works on: a strip of a chunk of a matrix. Where the loops over elements have come
+// between, it is computed again, since they need the registers.
+struct Work {
+  int matrix;
+  int chunk;
+  int strip;
+
+  __device__ __forceinline__ Work(const RankTask& task, int block) {
+    const int blocks = task.chunks * task.strips;  // of a matrix
+    matrix = task.batch == 1 ? 0 : block / blocks;
+    const int rest = block - matrix * blocks;
+    chunk = rest / task.strips;
+    strip = rest - chunk * task.strips;
+  }
 
   __device__ __forceinline__ const void* elements(const RankTask& task) const {
-    return moved_by(task.elements, number * task.matrix, task.type);
+    return moved_by(task.elements, matrix * task.matrix, task.type);
   }
   __device__ __forceinline__ double* norms(const RankTask& task) const {
-    return task.norms + number * task.channels;
+    return task.norms + matrix * task.channels;
   }
   // Of [chunks][channels], where there is more than one chunk.
   template <class Partial>
   __device__ __forceinline__ Partial* partials(const RankTask& task,
                                                const RankMemory& memory) const {
     return reinterpret_cast<Partial*>(memory.partials) + task.first_partial +
-           number * task.chunks * task.channels;
+           matrix * task.chunks * task.channels;
   }
-  // Of [strips], where there is more than one chunk.
-  __device__ __forceinline__ unsigned* tickets(const RankTask& task,
-                                               const RankMemory& memory) const {
-    return memory.tickets + task.first_ticket + number * task.strips;
+  // Of the strip, where there is more than one chunk.
+  __device__ __forceinline__ unsigned* ticket(const RankTask& task,
+                                              const RankMemory& memory) const {
+    return memory.tickets + task.first_ticket + matrix * task.strips + strip;
   }
 };
 
@@ -231,14 +241,14 @@ __device__ __forceinline__ double result_of(const RankTask& task, const Norm& no
 
 // A chunk's partial, or, where that is all there is, the result.
 template <class Norm>
-__device__ __forceinline__ void put(const RankTask& task, const RankMemory& memory, Matrix matrix,
-                                    const Norm& norm, int chunk, int64_t channel,
+__device__ __forceinline__ void put(const RankTask& task, const RankMemory& memory,
+                                    const Work& work, const Norm& norm, int64_t channel,
                                     typename Norm::Partial partial) {
   if (task.chunks == 1) {
-    store(matrix.norms(task) + channel, result_of(task, norm, partial));
+    store(work.norms(task) + channel, result_of(task, norm, partial));
   } else {
-    auto* partials = matrix.partials<typename Norm::Partial>(task, memory);
-    store(partials + chunk * task.channels + channel, partial);
+    auto* partials = work.partials<typename Norm::Partial>(task, memory);
+    store(partials + work.chunk * task.channels + channel, partial);
   }
 }
 
@@ -261,9 +271,9 @@ __device__ __forceinline__ bool draws_last(unsigned* ticket, int tickets, int* s
 template <class Norm>
 __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& task,
                                                              const RankMemory& memory,
-                                                             Matrix matrix, int64_t chunk,
+                                                             const Work& work, int64_t chunk,
                                                              int64_t channel) {
-  const auto* partials = matrix.partials<const typename Norm::Partial>(task, memory);
+  const auto* partials = work.partials<const typename Norm::Partial>(task, memory);
   return load_from_other_blocks(partials + chunk * task.channels + channel);
 }
 
@@ -278,28 +288,28 @@ __device__ __forceinline__ typename Norm::Partial partial_of(const RankTask& tas
 // on. That is put right when all is added, so that the sums are those of a run without a shift.
 template <class Norm, class T, class Read>
 __device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory& memory,
-                                          Matrix matrix, const Norm& norm, int strip, int chunk,
-                                          const Read& read, typename Norm::Partial* shared,
-                                          int* shared_last) {
+                                          const Norm& norm, int block, const Read& read,
+                                          typename Norm::Partial* shared, int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
   const RunCut& cut = task.run_cut;
   const int thread = static_cast<int>(threadIdx.x);
   const int team = cut.lanes * cut.groups;
   const int lane = thread % cut.lanes;
-  const int64_t channel = strip * cut.channels_per_strip + thread / team;
+  const Work before(task, block);
+  const int64_t channel_before = int64_t{before.strip} * cut.channels_per_strip + thread / team;
 
   typename Norm::Accumulator slots[L];
 #pragma unroll
   for (int s = 0; s < L; ++s) slots[s] = norm.identity();
   int shift = 0;
-  if (channel < task.channels) {
-    const int64_t begin = chunk % cut.run_chunks * cut.run_per_chunk;
-    const int64_t first_row = chunk / cut.run_chunks * cut.rows_per_chunk;
+  if (channel_before < task.channels) {
+    const int64_t begin = int64_t{before.chunk % cut.run_chunks} * cut.run_per_chunk;
+    const int64_t first_row = int64_t{before.chunk / cut.run_chunks} * cut.rows_per_chunk;
     const int64_t end_row = smaller(first_row + cut.rows_per_chunk, cut.rows);
     int64_t row = first_row + thread % team / cut.lanes;
-    const T* run = static_cast<const T*>(matrix.elements(task)) + row * cut.row_elements +
-                   channel * task.inner + begin;
+    const T* run = static_cast<const T*>(before.elements(task)) + row * cut.row_elements +
+                   channel_before * task.inner + begin;
     // The same in every row: all rows of a chunk begin alike.
     shift = static_cast<int>(reinterpret_cast<uintptr_t>(run) % kVectorBytes<T> / sizeof(T));
     run -= shift;
@@ -318,6 +328,8 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory
     }
   }
 
+  const Work work(task, computed_again(block));
+  const int64_t channel = int64_t{work.strip} * cut.channels_per_strip + thread / team;
   Partial partials[L];
 #pragma unroll
   for (int s = 0; s < L; ++s) partials[s] = norm.partial(slots[s]);
@@ -339,36 +351,36 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory
   }
   const Partial total = fold_team(norm, partials[0], team, shared);
   const bool first_of_team = thread % team == 0 && channel < task.channels;
-  if (first_of_team) put(task, memory, matrix, norm, chunk, channel, total);
+  if (first_of_team) put(task, memory, work, norm, channel, total);
 
   if (task.chunks == 1) return true;
-  unsigned* ticket = matrix.tickets(task, memory) + strip;
+  unsigned* ticket = work.ticket(task, memory);
   if (!draws_last(ticket, task.chunks, shared_last)) return false;
   Partial sum = norm.partial(norm.identity());
   if (channel < task.channels) {
 #pragma unroll 1
     for (int64_t c = thread % team; c < task.chunks; c += team) {
-      sum = norm.combine(sum, partial_of<Norm>(task, memory, matrix, c, channel));
+      sum = norm.combine(sum, partial_of<Norm>(task, memory, work, c, channel));
     }
   }
   sum = fold_team(norm, sum, team, shared);
-  if (first_of_team) store(matrix.norms(task) + channel, result_of(task, norm, sum));
+  if (first_of_team) store(work.norms(task) + channel, result_of(task, norm, sum));
   return true;
 }
 
 // Channels are columns: lanes own vectors of columns, groups of lanes own rows.
 template <class Norm, class T, class Read>
 __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMemory& memory,
-                                             Matrix matrix, const Norm& norm, int strip, int chunk,
-                                             const Read& read, typename Norm::Partial* shared,
-                                             int* shared_last) {
+                                             const Norm& norm, int block, const Read& read,
+                                             typename Norm::Partial* shared, int* shared_last) {
   using Partial = typename Norm::Partial;
   constexpr int L = kLength<T>;
   const ColumnCut& cut = task.column_cut;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % cut.lanes;
   const int group = thread / cut.lanes;
-  const int64_t first_column = strip * cut.columns_per_strip;
+  const Work before(task, block);
+  const int64_t first_column = int64_t{before.strip} * cut.columns_per_strip;
   const int columns =
       static_cast<int>(smaller(cut.columns_per_strip, cut.row_elements - first_column));
   // The columns of the thread: side by side in one vector, or `lanes` apart.
@@ -381,9 +393,9 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
   if (group < cut.groups && column < columns) {
     // Where merged rows do not divide the tensor, the last row is short.
     const int64_t full_rows = cut.elements / cut.row_elements;
-    const int64_t end_row = smaller((chunk + 1) * cut.rows_per_chunk, full_rows);
-    int64_t row = chunk * cut.rows_per_chunk + group;
-    const T* elements = static_cast<const T*>(matrix.elements(task)) + row * cut.row_elements +
+    const int64_t end_row = smaller((int64_t{before.chunk} + 1) * cut.rows_per_chunk, full_rows);
+    int64_t row = int64_t{before.chunk} * cut.rows_per_chunk + group;
+    const T* elements = static_cast<const T*>(before.elements(task)) + row * cut.row_elements +
                         first_column + column;
     const int64_t stride = cut.groups * cut.row_elements;
     if (task.aligned && row < end_row) {
@@ -392,7 +404,8 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
       row += rows * cut.groups;
       elements += rows * stride;
     }
-    const int64_t rows_with_short_one = smaller((chunk + 1) * cut.rows_per_chunk, cut.rows);
+    const int64_t rows_with_short_one =
+        smaller((int64_t{before.chunk} + 1) * cut.rows_per_chunk, cut.rows);
 #pragma unroll 1
     for (; row < rows_with_short_one; row += cut.groups) {
       const int64_t end = smaller(columns, cut.elements - row * cut.row_elements - first_column);
@@ -418,8 +431,9 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
   }
   __syncthreads();
 
+  const Work work(task, computed_again(block));
   // A channel's columns are `inner` side by side, in each of the rows that a merged row holds.
-  const int64_t first_channel = strip * cut.channels_per_strip;
+  const int64_t first_channel = int64_t{work.strip} * cut.channels_per_strip;
   const int channels =
       static_cast<int>(smaller(cut.channels_per_strip, task.channels - first_channel));
   const int inner = static_cast<int>(task.inner);
@@ -434,11 +448,11 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
         sum = norm.combine(sum, shared[i % L * kThreads + i / L]);
       }
     }
-    put(task, memory, matrix, norm, chunk, first_channel + c, sum);
+    put(task, memory, work, norm, first_channel + c, sum);
   }
 
   if (task.chunks == 1) return true;
-  unsigned* ticket = matrix.tickets(task, memory) + strip;
+  unsigned* ticket = work.ticket(task, memory);
   if (!draws_last(ticket, task.chunks, shared_last)) return false;
   // From the width of a full strip, so that the last strip folds in the same order.
   const int width = cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;
@@ -451,7 +465,7 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
     if (helper < helpers && c < channels) {
 #pragma unroll 1
       for (int64_t k = helper; k < task.chunks; k += helpers) {
-        sum = norm.combine(sum, partial_of<Norm>(task, memory, matrix, k, first_channel + c));
+        sum = norm.combine(sum, partial_of<Norm>(task, memory, work, k, first_channel + c));
       }
     }
     __syncthreads();
@@ -460,27 +474,23 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
     if (helper == 0 && c < channels) {
 #pragma unroll 1
       for (int h = 1; h < helpers; ++h) sum = norm.combine(sum, shared[h * width + thread]);
-      store(matrix.norms(task) + first_channel + c, result_of(task, norm, sum));
+      store(work.norms(task) + first_channel + c, result_of(task, norm, sum));
     }
   }
   return true;
 }
 
 template <class Norm, class T, class Read>
-__device__ __forceinline__ bool rank_block(const RankTask& task, const RankMemory& memory,
-                                           Matrix matrix, double p, int block, const Read& read,
-                                           uint64_t* shared, int* shared_last) {
+__device__ __forceinline__ bool rank_block(const RankTask& task, const RankMemory& memory, double p,
+                                           int block, const Read& read, uint64_t* shared,
+                                           int* shared_last) {
   static_assert(sizeof(typename Norm::Partial) == 8, "partials lie 8 bytes apart");
   const Norm norm(p);
-  const int strip = block % task.strips;
-  const int chunk = block / task.strips;
   auto* partials = reinterpret_cast<typename Norm::Partial*>(shared);
   if (task.runs) {
-    return rank_runs<Norm, T>(task, memory, matrix, norm, strip, chunk, read, partials,
-                              shared_last);
+    return rank_runs<Norm, T>(task, memory, norm, block, read, partials, shared_last);
   } else {
-    return rank_columns<Norm, T>(task, memory, matrix, norm, strip, chunk, read, partials,
-                                 shared_last);
+    return rank_columns<Norm, T>(task, memory, norm, block, read, partials, shared_last);
   }
 }
 
@@ -506,29 +516,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
     values[threadIdx.x] = float8_value(task.type, threadIdx.x);
     __syncthreads();
   }
-  const int blocks = task.chunks * task.strips;  // of a matrix
-  const Matrix matrix{task.batch == 1 ? 0 : static_cast<int>(place.block) / blocks};
-  const int block = static_cast<int>(place.block) - matrix.number * blocks;
+  const int block = static_cast<int>(place.block);
   const Plain read{values};
   bool finished = false;
   if (std::is_same_v<Norm<Real>, NonzeroCount<Real>> || task.counts) {
-    finished = rank_block<NonzeroCount<Real>, T>(task, memory, matrix, 0, block, read, shared,
-                                                 shared_last);
+    finished = rank_block<NonzeroCount<Real>, T>(task, memory, 0, block, read, shared, shared_last);
   } else {
-    finished = rank_block<Norm<Real>, T>(task, memory, matrix, p, block, read, shared, shared_last);
+    finished = rank_block<Norm<Real>, T>(task, memory, p, block, read, shared, shared_last);
   }
   if (!finished || task.selection.keep == nullptr) return;
-  unsigned* ticket = memory.tickets + task.selection_ticket + matrix.number;
+  const Work work(task, computed_again(block));
+  unsigned* ticket = memory.tickets + task.selection_ticket + work.matrix;
   if (!draws_last(ticket, task.selection_strips, shared_last)) return;
   static_assert(Select::kBuckets * sizeof(unsigned) <= kThreads * kLength<T> * sizeof(uint64_t),
                 "the histogram takes the place of the partials");
   auto* buckets = reinterpret_cast<unsigned*>(shared);
-  const SelectItem selection = ranking_of(task.selection, matrix.number);
+  const SelectItem selection = ranking_of(task.selection, work.matrix);
   Select{selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
 }
 
 template <template <class> class Norm, class T, class Table>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     scaled_rank_kernel(LNPRUNE_PARAMETER(Table, table), RankMemory memory, double p) {
   LNPRUNE_SHARED(uint64_t, shared, kThreads* kLength<T>);
   LNPRUNE_SHARED(float, values, kHasTable<T> ? 256 : 1);
@@ -539,17 +547,15 @@ __global__ void __launch_bounds__(kThreads)
     values[threadIdx.x] = float8_value(task.type, threadIdx.x);
     __syncthreads();
   }
-  const int blocks = task.chunks * task.strips;  // of a matrix
-  const Matrix matrix{static_cast<int>(place.block) / blocks};
+  const int block = static_cast<int>(place.block);
+  const Work work(task, block);
   const Scaled<T> read{values,
-                       static_cast<const T*>(matrix.elements(task)),
-                       task.scaling.factors + matrix.number * task.scaling.matrix,
+                       static_cast<const T*>(work.elements(task)),
+                       task.scaling.factors + work.matrix * task.scaling.matrix,
                        task.scaling.place,
                        task.inner,
                        task.row};
-  rank_block<Norm<double>, T>(task, memory, matrix, p,
-                              static_cast<int>(place.block) - matrix.number * blocks, read, shared,
-                              shared_last);
+  rank_block<Norm<double>, T>(task, memory, p, block, read, shared, shared_last);
 }
 
 template <template <class> class Norm, class Table>
