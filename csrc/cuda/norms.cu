@@ -527,12 +527,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Norm<typename RealOf<T>::Typ
   if (!finished || task.selection.keep == nullptr) return;
   const Work work(task, computed_again(block));
   unsigned* ticket = memory.tickets + task.selection_ticket + work.matrix;
+  if (threadIdx.x == 0) shared_of_select->ranking = work.matrix;
   if (!draws_last(ticket, task.selection_strips, shared_last)) return;
   static_assert(Select::kBuckets * sizeof(unsigned) <= kThreads * kLength<T> * sizeof(uint64_t),
                 "the histogram takes the place of the partials");
   auto* buckets = reinterpret_cast<unsigned*>(shared);
-  const SelectItem selection = ranking_of(task.selection, work.matrix);
-  Select{selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
+  Select{task.selection, buckets, nullptr, shared_of_select}.write_flags_of(0);
 }
 
 template <template <class> class Norm, class T, class Table>

@@ -39,11 +39,12 @@ struct SelectBlock {
     Count above;  // keys in higher buckets
     int bucket;
     unsigned survivors;
+    int ranking;  // of the item's
   };
 
-  const SelectItem& item;
-  unsigned* buckets;      // [kBuckets], shared
-  RankingKey* survivors;  // [kSurvivors], shared; of channels of one tile, none
+  const SelectItem& item;  // as the launch put it there: none of it takes a register
+  unsigned* buckets;       // [kBuckets], shared
+  RankingKey* survivors;   // [kSurvivors], shared; of channels of one tile, none
   Shared* shared;
 
   // Writes the keep flags of one tile; the blocks of a ranking find the same cut, each by itself.
@@ -78,7 +79,7 @@ struct SelectBlock {
       }
     }
     const int left = channels_left(tile);
-    bool* keep = item.keep + first_channel(tile);
+    bool* keep = item.keep + ranked_before() + first_channel(tile);
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       if (k * kCount < left) store(keep + k * kCount, (flags >> k & 1) != 0);
@@ -107,10 +108,15 @@ struct SelectBlock {
                                               : load_cached(address);
   }
 
+  // Channels of the rankings before this one.
+  __device__ __forceinline__ int64_t ranked_before() const {
+    return shared->ranking * item.channels;
+  }
+
   // All of a thread's norms are under way before the first is needed.
   __device__ __forceinline__ void load_tile(int64_t tile, Keys& keys) const {
     const int left = channels_left(tile);
-    const double* norms = item.norms + first_channel(tile);
+    const double* norms = item.norms + ranked_before() + first_channel(tile);
     double values[kKeys];
 #pragma unroll
     for (int k = 0; k < kKeys; ++k)
@@ -120,7 +126,7 @@ struct SelectBlock {
     if (item.mask_counts == nullptr) return;
     // Fewer at a time: the keys are in registers already.
     constexpr int kAtOnce = kKeys / 2;
-    const double* counts = item.mask_counts + first_channel(tile);
+    const double* counts = item.mask_counts + ranked_before() + first_channel(tile);
 #pragma unroll
     for (int start = 0; start < kKeys; start += kAtOnce) {
 #pragma unroll

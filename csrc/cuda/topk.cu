@@ -17,8 +17,10 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(LNPRUNE_PARAMETE
   const Place place = place_of_block(table, blockIdx.x);
   const SelectTask& task = table.tasks[place.task];
   const int64_t tiles = select_tiles(task.item);
-  const SelectItem item = ranking_of(task.item, place.block / tiles);
-  Block{item, buckets, survivors, shared}.write_flags_of(place.block % tiles);
+  const int64_t ranking = task.item.rankings == 1 ? 0 : place.block / tiles;
+  if (threadIdx.x == 0) shared->ranking = static_cast<int>(ranking);
+  __syncthreads();
+  Block{task.item, buckets, survivors, shared}.write_flags_of(place.block - ranking * tiles);
 }
 
 }  // namespace
