@@ -211,8 +211,9 @@ struct Work {
     strip = rest - chunk * task.strips;
   }
 
-  __device__ __forceinline__ const void* elements(const RankTask& task) const {
-    return moved_by(task.elements, matrix * task.matrix, task.type);
+  template <class T>
+  __device__ __forceinline__ const T* elements(const RankTask& task) const {
+    return static_cast<const T*>(task.elements) + matrix * task.matrix;
   }
   __device__ __forceinline__ double* norms(const RankTask& task) const {
     return task.norms + matrix * task.channels;
@@ -308,8 +309,8 @@ __device__ __forceinline__ bool rank_runs(const RankTask& task, const RankMemory
     const int64_t first_row = int64_t{before.chunk / cut.run_chunks} * cut.rows_per_chunk;
     const int64_t end_row = smaller(first_row + cut.rows_per_chunk, cut.rows);
     int64_t row = first_row + thread % team / cut.lanes;
-    const T* run = static_cast<const T*>(before.elements(task)) + row * cut.row_elements +
-                   channel_before * task.inner + begin;
+    const T* run =
+        before.elements<T>(task) + row * cut.row_elements + channel_before * task.inner + begin;
     // The same in every row: all rows of a chunk begin alike.
     shift = static_cast<int>(reinterpret_cast<uintptr_t>(run) % kVectorBytes<T> / sizeof(T));
     run -= shift;
@@ -395,8 +396,7 @@ __device__ __forceinline__ bool rank_columns(const RankTask& task, const RankMem
     const int64_t full_rows = cut.elements / cut.row_elements;
     const int64_t end_row = smaller((int64_t{before.chunk} + 1) * cut.rows_per_chunk, full_rows);
     int64_t row = int64_t{before.chunk} * cut.rows_per_chunk + group;
-    const T* elements = static_cast<const T*>(before.elements(task)) + row * cut.row_elements +
-                        first_column + column;
+    const T* elements = before.elements<T>(task) + row * cut.row_elements + first_column + column;
     const int64_t stride = cut.groups * cut.row_elements;
     if (task.aligned && row < end_row) {
       const int rows = static_cast<int>((end_row - row + cut.groups - 1) / cut.groups);
@@ -550,7 +550,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int block = static_cast<int>(place.block);
   const Work work(task, block);
   const Scaled<T> read{values,
-                       static_cast<const T*>(work.elements(task)),
+                       work.elements<T>(task),
                        task.scaling.factors + work.matrix * task.scaling.matrix,
                        task.scaling.place,
                        task.inner,
