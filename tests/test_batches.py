@@ -36,7 +36,7 @@ CASES = {
     "heads": ((24, 10), 0, Batch(0, 4)),
     "heads_of_columns": ((24, 10), 1, Batch(0, 4)),
     "heads_inside": ((10, 24), 1, Batch(1, 4)),
-    "many": ((700, 3, 4), 2, Batch(0, 700)),
+    "many": ((200, 3, 4), 2, Batch(0, 200)),
     "batch_beside_channels": ((5, 3, 8), 2, Batch(1, 3)),
     "many_channels": ((2, 2, 4500), 2, Batch(0, 2)),
 }
