@@ -824,7 +824,6 @@ BUGS = {
         "keep(task.item.keep + number * task.item.slices.channels) {}",
         "keep(task.item.keep) {}",
         check_batches,
-        "other elements are zero",
     ),
     "matrices_that_begin_within_a_vector": Bug(
         "alignment",
