@@ -23,6 +23,7 @@ from torch.nn.utils.prune import (
     remove,
 )
 
+from lnprune.checkpoints.measuring import rank_checkpoint
 from lnprune.masked_models import load_masked, renew_masked
 from lnprune.measuring import rank
 from lnprune.model import global_structured, load_plan, local_structured, remove_all
@@ -82,6 +83,7 @@ __all__ = [
     "random_structured",
     "random_unstructured",
     "rank",
+    "rank_checkpoint",
     "reference",
     "reference_ranking",
     "remove",

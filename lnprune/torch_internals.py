@@ -31,12 +31,14 @@ __all__ = [
     "fsdp_parameters",
     "is_compiled",
     "is_mutable",
+    "load_without_data",
     "own_buffers",
     "own_modules",
     "own_parameters",
     "own_pre_hooks",
     "own_registries",
     "own_transient_buffers",
+    "place_in_file",
     "projects_apart",
     "pruned_name",
     "pruning_methods",
@@ -212,3 +214,16 @@ def fsdp_parameters() -> Iterator[FsdpParameter]:
                     *zip(place.shared_modules, place.shared_param_names, strict=True),
                 ):
                     yield FsdpParameter(module, name, parameter.sharded_param, is_sharded)
+
+
+def load_without_data(path: str) -> Any:
+    """What torch.save wrote into an archive, where it is tensors and containers: tensors without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def place_in_file(tensor: Tensor) -> int | None:
+    """Where the storage of a tensor from :func:`load_without_data` begins in its file, in bytes."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)

@@ -98,7 +98,7 @@ def test_modules_import_each_other_in_one_direction(name):
 # From the ground up. The ground floor is what every floor may use: it is about no step and no plan.
 # Integrations need packages that lnprune does without, so nothing imports them.
 GROUND = {"errors", "torch_internals", "atomic_file"}
-FLOORS = ("", "steps", "modules", "plans", "removal", "calls", "integrations")
+FLOORS = ("", "steps", "modules", "plans", "removal", "checkpoints", "calls", "integrations")
 
 
 def floor(name: str) -> int:

@@ -1,0 +1,141 @@
+"""Norms of stored tensors: pieces of one tensor at a time are read into memory that is used again.
+
+The file is read, not mapped: one that shrinks meanwhile gives an error, and no signal.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lnprune.checkpoints.choice import Chosen
+from lnprune.checkpoints.stored import DTYPES, Reader, StoredTensor, in_file_order, reading
+from lnprune.steps.batches import Batch
+from lnprune.steps.factors import Factors
+from lnprune.steps.norms import Asked, countable, norms_of_each, zero_norms_are_zeros
+
+# Bytes of a piece: it stays in the caches of a core between the read and the norms of it.
+PIECE = 2**22
+
+Progress = Callable[[int], None]  # told of bytes that are done
+
+
+class Measured(NamedTuple):
+    """The float64 norms of channels and, where these do not say what is zero, their nonzero elements."""
+
+    norms: Tensor
+    counts: Tensor | None
+
+
+class Memory:
+    """Memory for the bytes of one tensor after another, which grows to those of the largest."""
+
+    def __init__(self) -> None:
+        self._data = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._bytes = memoryview(b"")
+
+    def read(self, file: Reader, offset: int, length: int) -> Tensor:
+        """The bytes of a file from a place on, uint8, until the next call."""
+        if length > len(self._data):
+            self._data, self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu"), memoryview(b"")
+            pages = mmap.mmap(-1, max(length, PIECE))
+            self._data, self._bytes = torch.frombuffer(pages, dtype=torch.uint8), memoryview(pages)
+        file.read_into(self._bytes[:length], offset)
+        return self._data[:length]
+
+    def bytes_of(self, first: int, last: int) -> memoryview:
+        """Those that were read, as they are now, from one on to before another."""
+        return self._bytes[first:last]
+
+
+def measure_stored(
+    chosen: Sequence[Chosen],
+    n: Any,
+    factors: Mapping[int, Factors] | None = None,
+    progress: Progress = lambda _: None,
+) -> list[Measured]:
+    """The norms of the channels of each tensor, read in the order of the files.
+
+    Args:
+        chosen: the tensors.
+        n: the order of the norms.
+        factors: of some, by their number, what elements are multiplied by.
+        progress: told of every piece.
+
+    Raises:
+        UnusableCheckpoint: a file changed meanwhile, or cannot be read.
+    """
+    memory = Memory()
+    found: dict[int, Measured] = {}
+    order = in_file_order([each.tensor for each in chosen])
+    for path in dict.fromkeys(chosen[i].tensor.file for i in order):
+        with reading(path) as file:
+            for i in order:
+                if chosen[i].tensor.file == path:
+                    factor = None if factors is None else factors.get(i)
+                    found[i] = _measured(file, chosen[i], n, factor, memory, progress)
+    return [found[i] for i in range(len(chosen))]
+
+
+class _Piece(NamedTuple):
+    """Some of the first indices of a tensor."""
+
+    offset: int
+    length: int
+    shape: tuple[int, ...]
+    batch: Batch | None
+    factors: Factors | None
+
+
+def _pieces(each: Chosen, factors: Factors | None) -> Iterator[_Piece]:
+    """Pieces of channels, or of matrices, whose norms side by side are those of the tensor."""
+    tensor, batch = each.tensor, each.batch
+    first = each.dim == 0 if batch is None else batch.dim == 0
+    rows = tensor.shape[0]
+    has_own = (
+        factors is not None and batch is not None and factors.values.numel() > tensor.shape[factors.dim]
+    )
+    step = max(1, PIECE // max(1, tensor.row_length))
+    if not first or not tensor.is_contiguous or has_own or step >= rows:
+        yield _Piece(tensor.offset, tensor.length, tensor.shape, batch, factors)
+        return
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        place = tensor.offset + row * tensor.row_length, count * tensor.row_length
+        some = None if batch is None else Batch(0, count)
+        yield _Piece(*place, (count, *tensor.shape[1:]), some, factors)
+
+
+def _measured(
+    file: Reader, each: Chosen, n: Any, factors: Factors | None, memory: Memory, progress: Progress
+) -> Measured:
+    tensor = each.tensor
+    dtype = DTYPES[tensor.dtype]
+    says_zeros = zero_norms_are_zeros(dtype, n) and factors is None
+    norms, counts = [], []
+    for piece in _pieces(each, factors):
+        data = memory.read(file, piece.offset, piece.length)
+        is_whole = piece.length == tensor.length
+        values = tensor.of(data) if is_whole else data.view(dtype).view(piece.shape)
+        asked = [Asked([values], n, [each.dim], [tensor.name], [piece.batch], [piece.factors])]
+        if not says_zeros:
+            asked.append(Asked([countable(values)], 0, [each.dim], [tensor.name], [piece.batch]))
+        results = norms_of_each(asked)
+        norms.append(results[0][0])
+        counts += [] if says_zeros else results[1]
+        progress(piece.length)
+    return Measured(_joined(norms), None if says_zeros else _joined(counts))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def bytes_of(tensors: Sequence[StoredTensor]) -> int:
+    """How many bytes are read for tensors."""
+    return sum(math.prod(each.shape) * DTYPES[each.dtype].itemsize for each in tensors)
