@@ -5,40 +5,43 @@ module is here, with ``ln_structured`` and ``LnStructured`` native. Beyond that 
 ``rank``, ``local_structured``, ``global_structured``, ``remove_all``.
 """
 
-from torch.nn.utils.prune import (
-    BasePruningMethod,
-    CustomFromMask,
-    Identity,
-    L1Unstructured,
-    PruningContainer,
-    RandomStructured,
-    RandomUnstructured,
-    custom_from_mask,
-    global_unstructured,
-    identity,
-    is_pruned,
-    l1_unstructured,
-    random_structured,
-    random_unstructured,
-    remove,
-)
+from lnprune.import_report import reporting as _reporting
 
-from lnprune.checkpoints.measuring import rank_checkpoint
-from lnprune.masked_models import load_masked, renew_masked
-from lnprune.measuring import rank
-from lnprune.model import global_structured, load_plan, local_structured, remove_all
-from lnprune.patching import patch
-from lnprune.plans.plan import Plan
-from lnprune.plans.plan_file import PlanEntry
-from lnprune.plans.ranking import Ranking
-from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
-from lnprune.removal.compact import compact, load_compact
-from lnprune.removal.coupling import Coupling, couple
-from lnprune.removal.groups import Group, GroupMember, Refused
-from lnprune.removal.sizes import size_setter
-from lnprune.steps import fake_ops as _fake_ops  # noqa: F401  # torch finds them by the ops' names
-from lnprune.steps import ops, reference
-from lnprune.steps.reference import reference_ranking
+with _reporting():
+    from torch.nn.utils.prune import (
+        BasePruningMethod,
+        CustomFromMask,
+        Identity,
+        L1Unstructured,
+        PruningContainer,
+        RandomStructured,
+        RandomUnstructured,
+        custom_from_mask,
+        global_unstructured,
+        identity,
+        is_pruned,
+        l1_unstructured,
+        random_structured,
+        random_unstructured,
+        remove,
+    )
+
+    from lnprune.checkpoints.measuring import rank_checkpoint
+    from lnprune.masked_models import load_masked, renew_masked
+    from lnprune.measuring import rank
+    from lnprune.model import global_structured, load_plan, local_structured, remove_all
+    from lnprune.patching import patch
+    from lnprune.plans.plan import Plan
+    from lnprune.plans.plan_file import PlanEntry
+    from lnprune.plans.ranking import Ranking
+    from lnprune.prune import LnStructured, channel_mask, channel_norms, ln_structured
+    from lnprune.removal.compact import compact, load_compact
+    from lnprune.removal.coupling import Coupling, couple
+    from lnprune.removal.groups import Group, GroupMember, Refused
+    from lnprune.removal.sizes import size_setter
+    from lnprune.steps import fake_ops as _fake_ops  # noqa: F401  # torch finds them by the ops' names
+    from lnprune.steps import ops, reference
+    from lnprune.steps.reference import reference_ranking
 
 __version__ = "0.1.0"
 

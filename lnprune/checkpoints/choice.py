@@ -50,6 +50,7 @@ def choose(
     batch_dim: Mapping[str, int] | None = None,
     include: StoredPatterns = None,
     exclude: StoredPatterns = None,
+    may_be_empty: bool = False,
 ) -> Choice:
     """Chooses the tensors to rank; arguments as for :func:`rank_checkpoint`.
 
@@ -74,7 +75,7 @@ def choose(
             chosen.append(_chosen(tensor, where, said.get(tensor, default), matrices.get(tensor)))
         else:
             left[tensor] = where.why if isinstance(where, LeftAlone) else "is not included"
-    if not chosen:
+    if not chosen and not may_be_empty:
         raise ValueError(f"{checkpoint.path}: there is nothing to rank among {len(found)} tensors")
     return Choice(chosen, left)
 

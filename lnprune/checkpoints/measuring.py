@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lnprune.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lnprune.checkpoints.choice import Choice, StoredDim, StoredPatterns, choose
+from lnprune.checkpoints.measurements import Measurements
 from lnprune.checkpoints.streaming import Progress, measure_stored
 from lnprune.plans.ranking import Ranking
 from lnprune.steps import reference
@@ -71,13 +71,13 @@ def rank_checkpoint(
         Plan(2 parameters, 3 of 6 channels kept)
     """
     checkpoint = open_checkpoint(path)
-    return measured(checkpoint, choose(checkpoint, dim, batch_dim, include, exclude), n)
+    return measured(checkpoint, choose(checkpoint, dim, batch_dim, include, exclude), n).ranking()
 
 
 def measured(
     checkpoint: Checkpoint, choice: Choice, n: Any, progress: Progress = lambda _: None
-) -> Ranking:
-    """The ranking of the tensors that were chosen of a checkpoint."""
+) -> Measurements:
+    """The norms of the tensors that were chosen of a checkpoint."""
     if reference.ranks_like_torch():
         raise RuntimeError(
             "rank_checkpoint orders channels by float64 norms, ties by index: rank outside of "
@@ -85,18 +85,10 @@ def measured(
         )
     with torch.no_grad():
         found = measure_stored(choice.chosen, n, None, progress)
-    return Ranking(
+    return Measurements(
         [each.row for each in choice.chosen],
         n,
         [each.norms for each in found],
-        element_counts=_counts([each.counts for each in found]),
-        left_out=_left_out(choice),
+        {i: each.counts for i, each in enumerate(found) if each.counts is not None},
+        [f"{tensor.name}: {why}" for tensor, why in choice.left.items() if len(tensor.shape) > 1],
     )
-
-
-def _counts(counts: list[Tensor | None]) -> dict[int, Tensor]:
-    return {i: each for i, each in enumerate(counts) if each is not None}
-
-
-def _left_out(choice: Choice) -> Callable[[], list[str]]:
-    return lambda: [f"{tensor.name}: {why}" for tensor, why in choice.left.items() if len(tensor.shape) > 1]

@@ -5,6 +5,7 @@ The format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -49,6 +50,16 @@ def read_header(path: str) -> list[StoredTensor]:
             place = os.fspath(path), data + first, last - first
             found.append(StoredTensor((name,), entry["dtype"], tuple(entry["shape"]), *place))
     return found
+
+
+def metadata_of(path: str) -> dict[str, str]:
+    """What a file says of itself; nothing where it is none of this format."""
+    with contextlib.suppress(UnusableCheckpoint):
+        entries, _, _ = _entries(path)
+        said = None if entries is None else entries.get("__metadata__")
+        if isinstance(said, dict):
+            return said
+    return {}
 
 
 def _entries(path: str) -> tuple[dict[str, dict] | None, int, int]:

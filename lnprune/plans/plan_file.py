@@ -124,7 +124,7 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
     if type(version) is not int or version != _VERSION:
         raise ValueError(f"{path}: expected version {_VERSION} of a plan, got {reprlib.repr(version)}")
     with named(f"{path}: the plan is damaged"):
-        n, selection = _order(saved), fields.typed(saved, "selection", dict)
+        n, selection = order_of(saved), fields.typed(saved, "selection", dict)
         with named("selection", "."):
             selection = _selection_of(selection)
         cut = fields.number(saved, "cut") if "cut" in saved else None
@@ -134,7 +134,7 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         return SavedPlan(n, selection, entries, names, pruned, cut, groups, elements, batches)
 
 
-def _order(values: dict[str, Any]) -> Any:
+def order_of(values: dict[str, Any]) -> Any:
     """The order n of a plan's norms."""
     n = fields.typed(values, "n", str, int, float, bool, type(None))
     if isinstance(n, str):

@@ -1,0 +1,1 @@
+"""The command line: `python -m lnprune`, or `lnprune`, for checkpoints on disk."""

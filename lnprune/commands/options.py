@@ -1,0 +1,168 @@
+"""The words and options of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from typing import Any
+
+from lnprune.plans.selection import LEAST, WORDS
+
+DESCRIPTION = """Prunes the channels of checkpoints on disk, without the code of their models and without
+holding them in memory. A checkpoint (CKPT) is a file (.safetensors, or a state dict: .pt, .pth, .bin), an
+index of several files (*.index.json), or a folder with one or the other."""
+EXIT_CODES = """exit codes: 0 done; 1 failed; 2 usage; 3 a checkpoint or plan that cannot be used; 4 a
+target that is not written to; 130 and 143 interrupted. With LNPRUNE_DEBUG=1 errors show where they come from."""
+
+
+def amount(text: str) -> int | float:
+    """A count, "3", or a share, "0.3"."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def order(text: str) -> int | float | str:
+    """The order of a norm: a number, "inf", "-inf", "fro" or "nuc"."""
+    return text if text in ("fro", "nuc") else amount(text)
+
+
+def dim(text: str) -> tuple[str | None, int | str]:
+    """A dim, "out", "in" or "0", for all tensors, or behind "PATTERN=" for some."""
+    pattern, equals, value = text.rpartition("=")
+    if value not in ("out", "in"):
+        try:
+            return pattern if equals else None, int(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected out, in, a number, or PATTERN=..., got {text!r}"
+            ) from None
+    return pattern if equals else None, value
+
+
+def batch_dim(text: str) -> tuple[str, int]:
+    """A dim for the tensors of a pattern: "PATTERN=0"."""
+    pattern, value = dim(text)
+    if pattern is None or isinstance(value, str):
+        raise argparse.ArgumentTypeError(f"expected PATTERN=NUMBER, got {text!r}")
+    return pattern, value
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands, each with its options."""
+    top = argparse.ArgumentParser("lnprune", description=DESCRIPTION, epilog=EXIT_CODES, allow_abbrev=False)
+    version = f"lnprune {importlib.metadata.version('lnprune')}"
+    top.add_argument("--version", action="version", version=version)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    found = _command(
+        commands, "info", "what is installed, what runs, and whether it computes the right thing"
+    )
+    found.add_argument("--no-test", action="store_true", help="leave out the test on each device")
+
+    found = _command(commands, "inspect", "the tensors of a checkpoint, and where their channels are")
+    found.add_argument("checkpoint", metavar="CKPT")
+    _add_choice(found)
+    found.add_argument("--all", action="store_true", help="also the tensors that are left alone, and why")
+
+    found = _command(commands, "rank", "measure the norm of every channel")
+    found.add_argument("checkpoint", metavar="CKPT")
+    _add_choice(found)
+    _add_order(found)
+    found.add_argument("--save", metavar="FILE", help="keep the norms, for plan: ranking.safetensors, say")
+    found.add_argument("--plot", metavar="FILE", help="a picture of the norms (png, pdf, svg)")
+
+    found = _command(commands, "plan", "choose the channels to prune; changes no weights")
+    found.add_argument("checkpoint", metavar="CKPT|RANKING", help="a checkpoint, or what rank saved")
+    _add_choice(found)
+    _add_order(found)
+    _add_selection(found, is_required=True)
+    found.add_argument("-o", "--output", metavar="FILE", help="the plan, as JSON")
+    found.add_argument("--plot", metavar="FILE", help="a picture of the plan (png, pdf, svg)")
+    return top
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    found: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXIT_CODES, allow_abbrev=False
+    )
+    found.add_argument("--json", action="store_true", help="print JSON")
+    found.add_argument(
+        "-q", "--quiet", action="store_true", help="print results alone: no notes, no tables"
+    )
+    found.add_argument("--no-progress", action="store_true", help="no bar, also on a terminal")
+    found.add_argument("--threads", type=_positive, metavar="N", help="use so many threads")
+    return found
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def _add_choice(found: argparse.ArgumentParser) -> None:
+    group = found.add_argument_group("which tensors")
+    group.add_argument(
+        "--include", action="append", metavar="P", help="only tensors of this pattern (again for more)"
+    )
+    group.add_argument("--exclude", action="append", metavar="P", help="no tensors of this pattern")
+    group.add_argument(
+        "--dim",
+        action="append",
+        type=dim,
+        default=[],
+        metavar="out|in|N|P=N",
+        help="the dim of the channels, for all or for the tensors of a pattern (default: out)",
+    )
+    group.add_argument(
+        "--batch-dim",
+        action="append",
+        type=batch_dim,
+        default=[],
+        metavar="P=N",
+        help="the dim along which tensors hold many matrices, as those of experts",
+    )
+
+
+def _add_order(found: argparse.ArgumentParser) -> None:
+    found.add_argument("-n", "--order", type=order, metavar="N", help="the order of the norm (default: 2)")
+
+
+def _add_selection(found: argparse.ArgumentParser, is_required: bool) -> None:
+    group = found.add_argument_group("how many channels")
+    group.add_argument(
+        "--amount",
+        type=amount,
+        required=is_required,
+        metavar="A",
+        help="a share (0.3) or a count (3), of each tensor or, with --scope global, of all",
+    )
+    for name, words in WORDS.items():
+        group.add_argument(f"--{name}", choices=words, help=f"as in Ranking.select (default: {words[0]})")
+    for name in LEAST:
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=int, metavar="N", help="as in Ranking.select"
+        )
+
+
+def selection(given: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of Ranking.select."""
+    names = ("amount", *WORDS, *LEAST)
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+
+
+def choice(given: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of choose, the checkpoint aside."""
+    whole = [value for pattern, value in given.dim if pattern is None]
+    some = {pattern: value for pattern, value in given.dim if pattern is not None}
+    if len(whole) > 1:
+        raise ValueError(f"--dim: expected one for all tensors, got {', '.join(map(str, whole))}")
+    return {
+        "dim": {**({"*": whole[0]} if whole else {}), **some} if some else (whole[0] if whole else "out"),
+        "batch_dim": dict(given.batch_dim),
+        "include": given.include,
+        "exclude": given.exclude,
+    }
