@@ -42,16 +42,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             pass  # a file that must not be written must not be replaced either
     temporary = os.path.join(os.path.dirname(target), f".lnprune-{secrets.token_hex(8)}.tmp")
     try:
-        file = open(temporary, "xb")  # noqa: SIM115
+        new = open(temporary, "x+b")  # noqa: SIM115
     except OSError as error:  # of the folder, which the file's name tells
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     try:
-        with file:
+        with new:
             if mode is not None:
                 os.chmod(temporary, stat.S_IMODE(mode))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+            yield new
+            new.flush()
+            os.fsync(new.fileno())
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -11,7 +11,8 @@ import torch
 from lnprune.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lnprune.checkpoints.choice import Choice, StoredDim, StoredPatterns, choose
 from lnprune.checkpoints.measurements import Measurements
-from lnprune.checkpoints.streaming import Progress, measure_stored
+from lnprune.checkpoints.memory import Progress
+from lnprune.checkpoints.streaming import measure_stored
 from lnprune.plans.ranking import Ranking
 from lnprune.steps import reference
 from lnprune.steps.norms import Order

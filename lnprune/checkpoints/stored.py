@@ -75,6 +75,17 @@ class StoredTensor:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.strides)
 
+    def rows_of(self, data: Tensor, count: int) -> Tensor:
+        """So many indices of the first dim, of a contiguous tensor, in their bytes; a view."""
+        return data.view(DTYPES[self.dtype]).view(count, *self.shape[1:])
+
+
+def row_blocks(tensor: StoredTensor, length: int) -> Iterator[tuple[int, int]]:
+    """Blocks of about so many bytes of a contiguous tensor: the first index, and how many."""
+    step = max(1, length // max(1, tensor.row_length))
+    for row in range(0, tensor.shape[0], step):
+        yield row, min(step, tensor.shape[0] - row)
+
 
 def is_lfs_pointer(start: bytes | bytearray) -> bool:
     """Whether a file that starts so stands for one that Git LFS keeps."""

@@ -6,23 +6,18 @@ The file is read, not mapped: one that shrinks meanwhile gives an error, and no 
 from __future__ import annotations
 
 import math
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lnprune.checkpoints.choice import Chosen
-from lnprune.checkpoints.stored import DTYPES, Reader, StoredTensor, in_file_order, reading
+from lnprune.checkpoints.memory import PIECE, Memory, Progress
+from lnprune.checkpoints.stored import DTYPES, Reader, StoredTensor, in_file_order, reading, row_blocks
 from lnprune.steps.batches import Batch
 from lnprune.steps.factors import Factors
 from lnprune.steps.norms import Asked, countable, norms_of_each, zero_norms_are_zeros
-
-# Bytes of a piece: it stays in the caches of a core between the read and the norms of it.
-PIECE = 2**22
-
-Progress = Callable[[int], None]  # told of bytes that are done
 
 
 class Measured(NamedTuple):
@@ -30,27 +25,6 @@ class Measured(NamedTuple):
 
     norms: Tensor
     counts: Tensor | None
-
-
-class Memory:
-    """Memory for the bytes of one tensor after another, which grows to those of the largest."""
-
-    def __init__(self) -> None:
-        self._data = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._bytes = memoryview(b"")
-
-    def read(self, file: Reader, offset: int, length: int) -> Tensor:
-        """The bytes of a file from a place on, uint8, until the next call."""
-        if length > len(self._data):
-            self._data, self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu"), memoryview(b"")
-            pages = mmap.mmap(-1, max(length, PIECE))
-            self._data, self._bytes = torch.frombuffer(pages, dtype=torch.uint8), memoryview(pages)
-        file.read_into(self._bytes[:length], offset)
-        return self._data[:length]
-
-    def bytes_of(self, first: int, last: int) -> memoryview:
-        """Those that were read, as they are now, from one on to before another."""
-        return self._bytes[first:last]
 
 
 def measure_stored(
@@ -96,16 +70,13 @@ def _pieces(each: Chosen, factors: Factors | None) -> Iterator[_Piece]:
     """Pieces of channels, or of matrices, whose norms side by side are those of the tensor."""
     tensor, batch = each.tensor, each.batch
     first = each.dim == 0 if batch is None else batch.dim == 0
-    rows = tensor.shape[0]
     has_own = (
         factors is not None and batch is not None and factors.values.numel() > tensor.shape[factors.dim]
     )
-    step = max(1, PIECE // max(1, tensor.row_length))
-    if not first or not tensor.is_contiguous or has_own or step >= rows:
+    if not first or not tensor.is_contiguous or has_own or tensor.length <= PIECE:
         yield _Piece(tensor.offset, tensor.length, tensor.shape, batch, factors)
         return
-    for row in range(0, rows, step):
-        count = min(step, rows - row)
+    for row, count in row_blocks(tensor, PIECE):
         place = tensor.offset + row * tensor.row_length, count * tensor.row_length
         some = None if batch is None else Batch(0, count)
         yield _Piece(*place, (count, *tensor.shape[1:]), some, factors)
@@ -121,7 +92,7 @@ def _measured(
     for piece in _pieces(each, factors):
         data = memory.read(file, piece.offset, piece.length)
         is_whole = piece.length == tensor.length
-        values = tensor.of(data) if is_whole else data.view(dtype).view(piece.shape)
+        values = tensor.of(data) if is_whole else tensor.rows_of(data, piece.shape[0])
         asked = [Asked([values], n, [each.dim], [tensor.name], [piece.batch], [piece.factors])]
         if not says_zeros:
             asked.append(Asked([countable(values)], 0, [each.dim], [tensor.name], [piece.batch]))

@@ -9,10 +9,10 @@ from typing import Any
 from lnprune.plans.selection import LEAST, WORDS
 
 DESCRIPTION = """Prunes the channels of checkpoints on disk, without the code of their models and without
-holding them in memory. A checkpoint (CKPT) is a file (.safetensors, or a state dict: .pt, .pth, .bin), an
-index of several files (*.index.json), or a folder with one or the other."""
+holding them in memory. A checkpoint (CKPT) is a file (.safetensors, or a state dict: .pt, .pth, .bin),
+an index of several files (*.index.json), or a folder with one or the other."""
 EXIT_CODES = """exit codes: 0 done; 1 failed; 2 usage; 3 a checkpoint or plan that cannot be used; 4 a
-target that is not written to; 130 and 143 interrupted. With LNPRUNE_DEBUG=1 errors show where they come from."""
+target that is not written to; 130 and 143 interrupted. With LNPRUNE_DEBUG=1 errors show their origin."""
 
 
 def amount(text: str) -> int | float:
@@ -80,6 +80,24 @@ def parser() -> argparse.ArgumentParser:
     _add_selection(found, is_required=True)
     found.add_argument("-o", "--output", metavar="FILE", help="the plan, as JSON")
     found.add_argument("--plot", metavar="FILE", help="a picture of the plan (png, pdf, svg)")
+
+    found = _command(commands, "prune", "write a checkpoint with zeros in the channels that go")
+    found.add_argument("checkpoint", metavar="CKPT")
+    found.add_argument("--plan", metavar="FILE", help="a plan, of this checkpoint or of its model")
+    _add_choice(found)
+    _add_order(found)
+    _add_selection(found, is_required=False)
+    group = found.add_argument_group("where to")
+    group.add_argument("-o", "--output", metavar="OUT", help="a file for a file, a folder for a folder")
+    group.add_argument("--in-place", action="store_true", help="replace the checkpoint itself")
+    group.add_argument("--force", action="store_true", help="replace OUT where it is there")
+    group.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    found.add_argument("--bias", action="store_true", help="also the biases of output channels that go")
+
+    found = _command(commands, "verify", "look whether all that a plan prunes is zero")
+    found.add_argument("checkpoint", metavar="CKPT")
+    found.add_argument("--plan", metavar="FILE", required=True, help="the plan")
+    found.add_argument("--bias", action="store_true", help="also the biases of output channels that go")
     return top
 
 
@@ -152,6 +170,11 @@ def selection(given: argparse.Namespace) -> dict[str, Any]:
     """The arguments of Ranking.select."""
     names = ("amount", *WORDS, *LEAST)
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+
+
+def is_choice(given: argparse.Namespace) -> bool:
+    """Whether any option says which tensors, dims or norms."""
+    return bool(given.dim or given.batch_dim or given.include or given.exclude or given.order is not None)
 
 
 def choice(given: argparse.Namespace) -> dict[str, Any]:

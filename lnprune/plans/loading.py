@@ -43,9 +43,14 @@ def loaded(
     ]
     details = Details(saved.entries, saved.names, saved.cut, None, saved.elements, saved.batches)
     names = [entry.name for entry in saved.entries]
-    by_name = {weight.name: weight for weight in weights}
-    slices = _slices(_pruned(saved, by_name) if saved.groups is None else _members(saved.groups, by_name))
+    slices = slices_of(saved, weights)
     return Plan(saved.n, saved.selection, names, flags, lambda: details, lambda: slices, coupled)
+
+
+def slices_of(saved: SavedPlan, weights: Sequence[Weight]) -> list[Slices]:
+    """What the plan of a file prunes of weights of its names."""
+    by_name = {weight.name: weight for weight in weights}
+    return _slices(_pruned(saved, by_name) if saved.groups is None else _members(saved.groups, by_name))
 
 
 def weights_of(saved: SavedPlan) -> list[Weight]:

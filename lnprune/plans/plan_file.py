@@ -118,6 +118,11 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         raise ValueError(f"{path}: expected a plan as JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: expected a plan as JSON: it is nested too deeply") from None
+    return parsed(saved, path)
+
+
+def parsed(saved: Any, path: str | os.PathLike[str]) -> SavedPlan:
+    """The same of a document as :func:`document` makes it; ``path`` is what errors say of it."""
     if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected JSON of the format {_FORMAT!r}")
     version = saved.get("version")
