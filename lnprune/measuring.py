@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from lnprune.errors import shown
 from lnprune.expert_rows import expert_rows
 from lnprune.modules.batching import BatchDim
 from lnprune.modules.finding import Patterns, left_out
-from lnprune.modules.parameters import Dim, Parameters, Weight, collect, repeatable
-from lnprune.modules.scores import checked_vector, factors_of, is_given, scores_of
+from lnprune.modules.parameters import Dim, Parameters, collect, repeatable
+from lnprune.modules.scores import factors_of, is_given, scores_of
 from lnprune.modules.sharded import parameters_of
 from lnprune.modules.values import current_values
 from lnprune.plans.ranking import Ranking, measure
 from lnprune.plans.rows import Member, Row
+from lnprune.plans.scales import scales_of
 from lnprune.steps import reference
 from lnprune.steps.norms import Order
 from lnprune.steps.sharding import Agreement, Group
@@ -145,7 +144,7 @@ def rank(
             {weight: member.batch for weight, member in members.items()},
             element_scale,
         )
-        scales = _scales(rows, measured, scale)
+        scales = scales_of(rows, [measured[row.members[0].weight] for row in rows], scale)
         agreement.confirm(
             *("rank", n, [row.name for row in rows], dims, batches, values, scores),
             *(is_given(scores, values), list(scales), [weight.name for weight in factors]),
@@ -155,41 +154,6 @@ def rank(
             names = frozenset(name for weight in weights for name in weight.names)
             said = functools.partial(_left_out, parameters, names, unknown)
         return measure(rows, n, measured, by_weight, masks, None, others, said, scales, factors)
-
-
-def _scales(
-    rows: Sequence[Row], tensors: Mapping[Weight, Tensor], given: Mapping[str, Tensor] | None
-) -> dict[int, Tensor]:
-    """What the norms of rows are multiplied by, by the index of the row."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise TypeError(f"scale: expected a mapping from a name to a vector, got {shown(given)}")
-    index = {name: i for i, row in enumerate(rows) for name in row.known_as}
-    found: dict[int, Tensor] = {}
-    for name, vector in given.items():
-        base, bracket, number = name.rpartition("[")
-        i = index.get(name, index.get(base) if bracket else None)
-        is_one = name not in index
-        if i is None or (is_one and rows[i].members[0].batch is None):
-            raise ValueError(f"scale: {name!r} is none of the {len(rows)} parameters")
-        row = rows[i]
-        tensor = tensors[row.members[0].weight]
-        shape: tuple[int, ...] = (row.channels,)
-        if row.members[0].batch is not None and not is_one:
-            shape = row.rankings, row.channels
-        values = checked_vector(vector, [shape], tensor, f"{name}: scale").abs()
-        whole = found.setdefault(
-            i, torch.ones(row.rankings, row.channels, dtype=torch.float64, device=tensor.device)
-        )
-        if is_one:
-            number = number.removesuffix("]")
-            if not number.isdigit() or int(number) >= row.rankings:
-                raise ValueError(f"scale: {name!r} is none of the {row.rankings} rankings of {base}")
-            whole[int(number)] = values
-        else:
-            whole.copy_(values.view_as(whole))
-    return {i: whole.flatten() for i, whole in found.items()}
 
 
 def _left_out(model: nn.Module, names: Collection[str], unknown: list[str]) -> list[str]:

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lnprune.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lnprune.checkpoints.choice import Choice, StoredDim, StoredPatterns, choose
 from lnprune.checkpoints.measurements import Measurements
 from lnprune.checkpoints.memory import Progress
 from lnprune.checkpoints.streaming import measure_stored
+from lnprune.modules.scores import factors_of
 from lnprune.plans.ranking import Ranking
+from lnprune.plans.scales import scales_of
 from lnprune.steps import reference
 from lnprune.steps.norms import Order
 
@@ -24,6 +27,8 @@ def rank_checkpoint(
     dim: StoredDim = "out",
     *,
     batch_dim: Mapping[str, int] | None = None,
+    scale: Mapping[str, Tensor] | None = None,
+    element_scale: Mapping[str, Tensor] | None = None,
     include: StoredPatterns = None,
     exclude: StoredPatterns = None,
 ) -> Ranking:
@@ -46,6 +51,8 @@ def rank_checkpoint(
             to these, where ``"out"`` is for all others.
         batch_dim: a mapping from patterns to the dim along which a tensor holds many matrices, as
             ``[experts, out, in]`` does; such tensors need a ``dim`` too. Each matrix is ranked by itself.
+        scale: by name, what the norms of channels are multiplied by, as for :func:`rank`.
+        element_scale: by name, what elements are multiplied by before, as for :func:`rank`.
         include: patterns of the tensors to take, as in :mod:`fnmatch`, for their names or those of their
             modules. One that matches nothing that is taken otherwise is looked for among all tensors of two
             dims or more.
@@ -60,6 +67,7 @@ def rank_checkpoint(
         ValueError: the checkpoint cannot be used, or changes while it is read; a pattern matches nothing; a
             dim is not known.
         IndexError: a dim is out of range.
+        TypeError: a vector is none.
         RuntimeError: ``n`` is no order of a norm; or inside :func:`reference_ranking`.
 
     Example:
@@ -72,11 +80,18 @@ def rank_checkpoint(
         Plan(2 parameters, 3 of 6 channels kept)
     """
     checkpoint = open_checkpoint(path)
-    return measured(checkpoint, choose(checkpoint, dim, batch_dim, include, exclude), n).ranking()
+    return measured(
+        checkpoint, choose(checkpoint, dim, batch_dim, include, exclude), n, scale, element_scale
+    ).ranking()
 
 
 def measured(
-    checkpoint: Checkpoint, choice: Choice, n: Any, progress: Progress = lambda _: None
+    checkpoint: Checkpoint,
+    choice: Choice,
+    n: Any,
+    scale: Mapping[str, Tensor] | None = None,
+    element_scale: Mapping[str, Tensor] | None = None,
+    progress: Progress = lambda _: None,
 ) -> Measurements:
     """The norms of the tensors that were chosen of a checkpoint."""
     if reference.ranks_like_torch():
@@ -84,12 +99,26 @@ def measured(
             "rank_checkpoint orders channels by float64 norms, ties by index: rank outside of "
             "reference_ranking()"
         )
+    rows = [each.row for each in choice.chosen]
+    members = [row.members[0] for row in rows]
+    weights = [member.weight for member in members]
+    # Of each weight the shape and the device, without memory.
+    places = [torch.empty(1, device="cpu").expand(weight.shape) for weight in weights]
+    scales = scales_of(rows, places, scale)
+    factors = factors_of(
+        weights,
+        dict(zip(weights, places, strict=True)),
+        {member.weight: member.dim for member in members},
+        {member.weight: member.batch for member in members},
+        element_scale,
+    )
     with torch.no_grad():
-        found = measure_stored(choice.chosen, n, None, progress)
+        by_number = {i: factors[weight] for i, weight in enumerate(weights) if weight in factors}
+        found = measure_stored(choice.chosen, n, by_number, progress, scales)
     return Measurements(
-        [each.row for each in choice.chosen],
+        rows,
         n,
-        [each.norms for each in found],
+        [each.norms * scales[i] if i in scales else each.norms for i, each in enumerate(found)],
         {i: each.counts for i, each in enumerate(found) if each.counts is not None},
         [f"{tensor.name}: {why}" for tensor, why in choice.left.items() if len(tensor.shape) > 1],
     )

@@ -6,7 +6,7 @@ The file is read, not mapped: one that shrinks meanwhile gives an error, and no 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ def measure_stored(
     n: Any,
     factors: Mapping[int, Factors] | None = None,
     progress: Progress = lambda _: None,
+    counted: Collection[int] = (),
 ) -> list[Measured]:
     """The norms of the channels of each tensor, read in the order of the files.
 
@@ -40,6 +41,7 @@ def measure_stored(
         n: the order of the norms.
         factors: of some, by their number, what elements are multiplied by.
         progress: told of every piece.
+        counted: the numbers of tensors whose nonzero elements are counted, whatever their norms say.
 
     Raises:
         UnusableCheckpoint: a file changed meanwhile, or cannot be read.
@@ -52,7 +54,7 @@ def measure_stored(
             for i in order:
                 if chosen[i].tensor.file == path:
                     factor = None if factors is None else factors.get(i)
-                    found[i] = _measured(file, chosen[i], n, factor, memory, progress)
+                    found[i] = _measured(file, chosen[i], n, factor, i in counted, memory, progress)
     return [found[i] for i in range(len(chosen))]
 
 
@@ -83,11 +85,17 @@ def _pieces(each: Chosen, factors: Factors | None) -> Iterator[_Piece]:
 
 
 def _measured(
-    file: Reader, each: Chosen, n: Any, factors: Factors | None, memory: Memory, progress: Progress
+    file: Reader,
+    each: Chosen,
+    n: Any,
+    factors: Factors | None,
+    is_counted: bool,
+    memory: Memory,
+    progress: Progress,
 ) -> Measured:
     tensor = each.tensor
     dtype = DTYPES[tensor.dtype]
-    says_zeros = zero_norms_are_zeros(dtype, n) and factors is None
+    says_zeros = zero_norms_are_zeros(dtype, n) and factors is None and not is_counted
     norms, counts = [], []
     for piece in _pieces(each, factors):
         data = memory.read(file, piece.offset, piece.length)

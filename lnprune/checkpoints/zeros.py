@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lnprune.checkpoints.channel_dims import Channels, LeftAlone, channel_dims
 from lnprune.checkpoints.checkpoint import Checkpoint
+from lnprune.checkpoints.expert_names import experts_of
 from lnprune.checkpoints.failures import UnusableCheckpoint
 from lnprune.checkpoints.stored import DTYPES, StoredTensor
 from lnprune.modules.application import Part, Slices
@@ -73,8 +74,7 @@ def jobs_of(checkpoint: Checkpoint, saved: SavedPlan, bias: bool = False) -> lis
     dims = channel_dims(checkpoint.tensors, checkpoint.config) if bias else {}
     jobs: dict[StoredTensor, list[Zeros]] = {}
     for slices in slices_of(saved, weights_of(saved)):
-        for tensor in _stored(slices, known, checkpoint):
-            zeros = Zeros(slices.dim, slices.keep, slices.part, slices.batch)
+        for tensor, zeros in _stored(slices, known, checkpoint):
             jobs.setdefault(tensor, []).append(zeros)
             if bias:
                 for beside, flags in _biases(tensor, zeros, known, dims):
@@ -84,25 +84,30 @@ def jobs_of(checkpoint: Checkpoint, saved: SavedPlan, bias: bool = False) -> lis
 
 def _stored(
     slices: Slices, known: Mapping[str, StoredTensor], checkpoint: Checkpoint
-) -> list[StoredTensor]:
-    """The tensors of a weight's names, each once."""
+) -> list[tuple[StoredTensor, Zeros]]:
+    """The tensors of a weight's names, each once; or those of each expert, of a weight that holds all."""
     weight = slices.weight
-    found = list(dict.fromkeys(known[name] for name in weight.names if name in known))
+    there = dict.fromkeys(known[name] for name in weight.names if name in known)
+    zeros = Zeros(slices.dim, slices.keep, slices.part, slices.batch)
+    found = [(tensor, weight.shape, zeros) for tensor in there] or [
+        (known[each.name], each.shape, Zeros(each.dim, each.keep))
+        for each in experts_of(slices, known.keys())
+    ]
     if not found:
         raise UnusableCheckpoint(
             f"{checkpoint.path}: has no {weight.name}, which the plan prunes: is it another model?"
         )
-    for tensor in found:
-        if tensor.shape != weight.shape:
+    for tensor, shape, _ in found:
+        if tensor.shape != shape:
             raise UnusableCheckpoint(
-                f"{checkpoint.path}: {tensor.name} has shape {tensor.shape}, the plan is for {weight.shape}"
+                f"{checkpoint.path}: {tensor.name} has shape {tensor.shape}, the plan is for {shape}"
             )
         if tensor.dtype not in DTYPES:
             raise UnusableCheckpoint(
                 f"{checkpoint.path}: {tensor.name} is of dtype {tensor.dtype}, expected one of "
                 f"{', '.join(DTYPES)}"
             )
-    return found
+    return [(tensor, zeros) for tensor, _, zeros in found]
 
 
 def _biases(

@@ -80,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
     _add_selection(found, is_required=True)
     found.add_argument("-o", "--output", metavar="FILE", help="the plan, as JSON")
     found.add_argument("--plot", metavar="FILE", help="a picture of the plan (png, pdf, svg)")
+    found.add_argument(
+        "--fused-experts",
+        action="store_true",
+        help="name experts as transformers holds them: all of a layer in one parameter",
+    )
 
     found = _command(commands, "prune", "write a checkpoint with zeros in the channels that go")
     found.add_argument("checkpoint", metavar="CKPT")
@@ -147,6 +152,9 @@ def _add_choice(found: argparse.ArgumentParser) -> None:
 
 def _add_order(found: argparse.ArgumentParser) -> None:
     found.add_argument("-n", "--order", type=order, metavar="N", help="the order of the norm (default: 2)")
+    for name, what in (("--scale", "norms of channels"), ("--element-scale", "elements")):
+        text = f"a safetensors file with vectors, by names of tensors, that {what} are multiplied by"
+        found.add_argument(name, metavar="FILE", help=text)
 
 
 def _add_selection(found: argparse.ArgumentParser, is_required: bool) -> None:

@@ -6,15 +6,19 @@ import argparse
 import math
 from typing import Any
 
+from torch import Tensor
+
 from lnprune.checkpoints import measurements
 from lnprune.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lnprune.checkpoints.choice import Choice, Chosen, choose
+from lnprune.checkpoints.expert_names import fused_experts
 from lnprune.checkpoints.measurements import Measurements
 from lnprune.checkpoints.measuring import measured
+from lnprune.checkpoints.safetensors_file import read_header
 from lnprune.checkpoints.stored import StoredTensor
 from lnprune.checkpoints.streaming import bytes_of
 from lnprune.commands import options, output
-from lnprune.plans import fields
+from lnprune.plans import fields, plan_file
 from lnprune.plans.plan import Plan
 from lnprune.steps.batches import rankings_of
 
@@ -88,10 +92,21 @@ def measure(given: argparse.Namespace, checkpoint: Checkpoint) -> Measurements:
             f"{len(doubtful)} of {len(choice.chosen)} dims are assumed, that of {doubtful[0].row.name} for "
             "one: lnprune inspect shows them, --dim 'PATTERN=N' says it"
         )
+    scale, elements = (
+        None if path is None else vectors(path) for path in (given.scale, given.element_scale)
+    )
     total = bytes_of([each.tensor for each in choice.chosen])
     n = 2 if given.order is None else given.order
     with output.progress("rank", total, not (given.quiet or given.no_progress)) as done:
-        return measured(checkpoint, choice, n, done)
+        return measured(checkpoint, choice, n, scale, elements, done)
+
+
+def vectors(path: str) -> dict[str, Tensor]:
+    """The tensors of a small file."""
+    read_header(path)
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def rank(given: argparse.Namespace) -> int:
@@ -122,10 +137,13 @@ def rank(given: argparse.Namespace) -> int:
 def plan(given: argparse.Namespace) -> int:
     """Chooses channels, and keeps the choice."""
     made = make_plan(given)
+    fused = None
+    if given.fused_experts:
+        fused = fused_experts(plan_file.parsed(made.to_dict(), given.checkpoint))
     if given.plot is not None:
         made.plot(given.plot)
     if given.output is not None:
-        made.save(given.output)
+        plan_file.write(given.output, made.to_dict() if fused is None else plan_file.document(*fused))
     show_plan(given, made)
     _say_files(given, given.output, given.plot)
     return 0
@@ -138,7 +156,9 @@ def make_plan(given: argparse.Namespace) -> Plan:
             measure(given, open_checkpoint(given.checkpoint)).ranking().select(**options.selection(given))
         )
     found = measurements.load(given.checkpoint)
-    if given.dim or given.batch_dim or given.include or given.exclude or given.order not in (None, found.n):
+    is_same_order = given.order in (None, found.n)
+    given.order = None
+    if options.is_choice(given) or not is_same_order:
         raise ValueError(
             f"{given.checkpoint}: is a ranking, of norms of order {found.n}: which tensors, which dims and "
             "which order are said to rank"

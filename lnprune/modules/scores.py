@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lnprune.errors import shown
 from lnprune.modules.parameters import Weight
 from lnprune.steps.batches import Batch
-from lnprune.steps.factors import Factors, length_of
+from lnprune.steps.factors import Factors, checked_vector, length_of
 
 
 def _index(weights: Sequence[Weight]) -> dict[Any, int]:
@@ -108,20 +107,3 @@ def _other_dim(weight: Weight, dim: int, batch: Batch | None) -> int:
         f"{weight.name}: element_scale: expected a matrix, matrices along batch_dim, or a convolution with "
         f"channels along dim 0 or 1, got shape {weight.shape} with channels along {dim}"
     )
-
-
-def checked_vector(vector: Any, shapes: Sequence[tuple[int, ...]], tensor: Tensor, name: str) -> Tensor:
-    """The vector in float64, where it has one of these shapes, and is where the tensor is."""
-    if not isinstance(vector, Tensor) or not vector.is_floating_point():
-        raise TypeError(f"{name}: expected a vector of floating-point numbers, got {shown(vector)}")
-    if tuple(vector.shape) not in shapes:
-        wanted = " or ".join(map(str, shapes))
-        raise ValueError(
-            f"{name}: expected a vector of shape {wanted} for shape {tuple(tensor.shape)}, got "
-            f"{tuple(vector.shape)}"
-        )
-    if vector.device != tensor.device:
-        raise ValueError(
-            f"{name}: expected a vector on {tensor.device}, as the weight, got {vector.device}"
-        )
-    return vector.detach().to(torch.float64)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lnprune.errors import shown
 from lnprune.steps.batches import Batch, dim_in_matrix, matrices
 from lnprune.steps.local import indices_here, is_distributed
 
@@ -58,3 +60,20 @@ def factors_here(tensor: Tensor, factors: Factors, batch: Batch | None) -> Facto
     if here is not None:
         values = values[:, here.to(values.device)]
     return Factors(values.flatten(), factors.dim)
+
+
+def checked_vector(vector: Any, shapes: Sequence[tuple[int, ...]], tensor: Tensor, name: str) -> Tensor:
+    """The vector in float64, where it has one of these shapes, and is where the tensor is."""
+    if not isinstance(vector, Tensor) or not vector.is_floating_point():
+        raise TypeError(f"{name}: expected a vector of floating-point numbers, got {shown(vector)}")
+    if tuple(vector.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(
+            f"{name}: expected a vector of shape {wanted} for shape {tuple(tensor.shape)}, got "
+            f"{tuple(vector.shape)}"
+        )
+    if vector.device != tensor.device:
+        raise ValueError(
+            f"{name}: expected a vector on {tensor.device}, as the weight, got {vector.device}"
+        )
+    return vector.detach().to(torch.float64)
