@@ -52,6 +52,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/whole_model.py
 	$(BIN)/python examples/compact.py
 	$(BIN)/python examples/activations.py
+	$(BIN)/python examples/checkpoint.py
 	$(BIN)/torchrun --nproc-per-node 4 examples/sharded.py
 
 lint: $(VENV)/tools

@@ -15,6 +15,7 @@ from torch import nn
 import lnprune
 from benchmarks import (
     calls,
+    checkpoints,
     coupling,
     cpu,
     cpu_report,
@@ -483,7 +484,7 @@ README = ROOT / report.README
 RESULTS = ROOT / report.RESULTS
 
 
-@pytest.mark.parametrize("name", ["cpu", "models", "coupling", "sharded", "experts"])
+@pytest.mark.parametrize("name", ["cpu", "models", "coupling", "sharded", "experts", "checkpoints"])
 def test_the_readme_says_what_the_page_says(name):
     lines = report.marked(README, f"benchmarks.{name}")
     assert lines.count("\n") >= 4
@@ -491,7 +492,7 @@ def test_the_readme_says_what_the_page_says(name):
     assert not (RESULTS / f"{name}.json").exists()
 
 
-@pytest.mark.parametrize("name", ["cpu", "models", "cuda", "coupling", "sharded", "experts"])
+@pytest.mark.parametrize("name", ["cpu", "models", "cuda", "coupling", "sharded", "experts", "checkpoints"])
 def test_the_pages_are_one_screen_of_figures(name):
     page = (RESULTS / f"{name}.md").read_text()
     assert len(page.splitlines()) <= 66
@@ -738,3 +739,42 @@ def test_ranks_time_what_they_exchange():
         sharded.VECTORS, 3
     )
     assert all(second > 0 for seconds in found.values() for second in seconds)
+
+
+def test_the_page_of_checkpoints(tmp_path, monkeypatch):
+    """A run of small files: its figures are right, and both sides of each target are seen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "WIDTH", 32)
+    monkeypatch.setattr(checkpoints, "INNER", 64)
+    files = checkpoints.time_files(1e-3, 1e4)
+    assert [row["call"] for row in files] == [
+        f"{call}, {dtype}, dim {dim}" for dtype in ("bfloat16", "float32") for call, dim in checkpoints.MOST
+    ]
+    assert all(row["correct"] and row["lnprune"] > 0 and row["cp"] > 0 for row in files)
+    assert list((tmp_path / checkpoints.BUILD).iterdir()) == []
+    memory = checkpoints.measure_memory(1e4)
+    assert {row["largest"] for row in memory} == {32 * 64 * 4 / 1e6}
+    assert all(50 < row["resident"] < 2000 for row in memory)
+    quick = {
+        "over_cp": 0.5,
+        "over_read": 1.0,
+        "over_cp_quartiles": [0.4, 0.6],
+        "over_read_quartiles": [1, 1],
+    }
+    slow = {"over_cp": 9.0, "over_read": 9.0, "over_cp_quartiles": [8, 9], "over_read_quartiles": [8, 9]}
+    for changes, resident, met in ((quick, 200.0, True), (slow, 900.0, False)):
+        sections = {
+            "files": [{**row, **changes, "state": RECYCLED} for row in files],
+            "memory": [{**row, "resident": resident, "state": RECYCLED} for row in memory],
+        }
+        assert {verdict.met for verdict in checkpoints.verdicts(sections)} == {met}
+        machine = report.environment("benchmarks.checkpoints") | TRUST
+        page = checkpoints.markdown(machine, sections, 60.0)
+        assert "\n".join(checkpoints.speed_lines(machine, sections)) in page
+
+
+def test_a_file_with_other_zeros_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "WIDTH", 32)
+    monkeypatch.setattr(checkpoints, "INNER", 64)
+    path = checkpoints.make(tmp_path / "a.safetensors", torch.float32, 1e4)
+    assert not checkpoints.is_right(path, path, 0)

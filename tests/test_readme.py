@@ -198,7 +198,16 @@ def check_scores(names):
         )
 
 
+def check_checkpoints(names):
+    """The plan of the file is that of the model, and is applied to it."""
+    keep, model = names["plan"].keep, names["model"]
+    kept = torch.cat([(layer.weight != 0).any(dim=1) for layer in (model[0], model[2])])
+    assert torch.equal(kept, torch.cat([keep["0.weight"], keep["2.weight"]]))
+    assert int(kept.sum()) == 27
+
+
 DOCS_CHECKS = {
+    "checkpoints.md": check_checkpoints,
     "experts.md": check_experts,
     "scores.md": check_scores,
     "training.md": check_training,

@@ -65,10 +65,9 @@ class Target:
         """Files of the source with weights that are not pruned, and not copied."""
         if self._checkpoint.folder is None or self._is_in_place:
             return []
-        every = {entry.path for entry in os.scandir(self._checkpoint.folder)}
-        index = {self._checkpoint.index} if self._checkpoint.index else set()
-        left = every - set(self._others) - set(self._checkpoint.files) - index
-        return sorted(os.path.basename(file) for file in left)
+        taken = {*self._others, *self._checkpoint.files, self._checkpoint.index}
+        found = (entry for entry in os.scandir(self._checkpoint.folder) if entry.path not in taken)
+        return sorted(entry.name for entry in found if entry.name.endswith((*_WEIGHTS, INDEX)))
 
     def write(self, progress: Progress = lambda _: None) -> None:
         """Writes it, whole or not at all.

@@ -37,16 +37,15 @@ class Zeros(NamedTuple):
 
     def is_by_rows(self, rows: int) -> bool:
         """Whether blocks of a first dim of so many indices can be written each by itself."""
-        if self.part is not None:
-            return False
-        return self.dim == 0 if self.batch is None else self.batch == (0, rows) and self.dim != 0
+        is_along = self.part is None or (self.part.dim != 0 and self.dim != 0)
+        return is_along and (self.batch is None or (self.batch == (0, rows) and self.dim != 0))
 
     def rows(self, first: int, count: int) -> Zeros:
         """Those of so many indices of the first dim."""
-        if self.batch is None:
-            return self._replace(keep=self.keep[first : first + count])
-        keep = self.keep.view(self.batch.size, -1)[first : first + count].flatten()
-        return self._replace(keep=keep, batch=Batch(0, count))
+        if self.batch is not None:
+            keep = self.keep.view(self.batch.size, -1)[first : first + count].flatten()
+            return self._replace(keep=keep, batch=Batch(0, count))
+        return self._replace(keep=self.keep[first : first + count]) if self.dim == 0 else self
 
 
 class Job(NamedTuple):
