@@ -335,20 +335,18 @@ class TestRefusals:
         assert not (tmp_path / "full" / "x").exists()
 
     def test_a_folder_that_cannot_be_exchanged(self, run, tmp_path, monkeypatch):
-        import errno
-
-        from lnprune.checkpoints import folders
+        from lnprune.checkpoints import system_calls
 
         class Library:
             @staticmethod
             def renameat2(*_):
-                folders.ctypes.set_errno(errno.EINVAL)
+                system_calls.ctypes.set_errno(22)  # EINVAL
                 return -1
 
         source = save(
             {"a.weight": torch.randn(8, 6), "b.weight": torch.randn(4, 6)}, tmp_path / "s", "sharded", 2
         )
-        monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: Library)
+        monkeypatch.setattr(system_calls.ctypes, "CDLL", lambda *_, **__: Library)
         self.refuse(run, "cannot be replaced in one step here (Invalid argument)", source, "--in-place")
 
     def test_too_little_space(self, run, path, tmp_path, monkeypatch):

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 
 from lnprune.checkpoints.failures import RefusedTarget
-
-_HERE = -100  # AT_FDCWD: paths are relative to the working directory
-_EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
+from lnprune.checkpoints.system_calls import exchange
 
 
 @contextlib.contextmanager
@@ -34,20 +30,13 @@ def replacing_folder(path: str) -> Iterator[str]:
         if os.path.isdir(path):
             os.chmod(temporary, os.stat(path).st_mode & 0o7777)
         if os.path.isdir(path) and os.listdir(path):
-            _exchange(temporary, path)
+            try:
+                exchange(temporary, path)
+            except OSError as error:
+                raise RefusedTarget(
+                    f"{path}: cannot be replaced in one step here ({error.strerror}): name a new folder"
+                ) from None
         else:
             os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _exchange(first: str, second: str) -> None:
-    library = ctypes.CDLL(None, use_errno=True)
-    try:
-        failed = library.renameat2(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE)
-    except AttributeError:
-        failed = -1
-        ctypes.set_errno(errno.ENOSYS)
-    if failed:
-        why = os.strerror(ctypes.get_errno())
-        raise RefusedTarget(f"{second}: cannot be replaced in one step here ({why}): name a new folder")
