@@ -396,6 +396,7 @@ def test_signals_have_codes_and_leave_nothing(tmp_path, sent):
     out = tmp_path / "out.safetensors"
     program = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
         "from lnprune.checkpoints import writing\n"
         "from lnprune.commands.main import main\n"
         f"writing._copy = lambda *_: os.kill(os.getpid(), {int(sent)})\n"

@@ -114,7 +114,8 @@ def test_what_is_left_out_is_said_and_can_be_included(tmp_path):
         lnprune.rank_checkpoint(path, 2, include=3)
     with lnprune.reference_ranking(), pytest.raises(RuntimeError, match="outside of reference_ranking"):
         lnprune.rank_checkpoint(path, 2)
-    with pytest.raises(RuntimeError, match=r"[Oo]rder"):
+    # What torch says of it differs between its versions.
+    with pytest.raises((RuntimeError, TypeError), match=r"^0\.weight: "):
         lnprune.rank_checkpoint(path, "fro2")
 
 

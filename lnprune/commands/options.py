@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 from typing import Any
 
+from lnprune import __version__
 from lnprune.plans.selection import LEAST, WORDS
 
 DESCRIPTION = """Prunes the channels of checkpoints on disk, without the code of their models and without
@@ -52,7 +52,7 @@ def batch_dim(text: str) -> tuple[str, int]:
 def parser() -> argparse.ArgumentParser:
     """All commands, each with its options."""
     top = argparse.ArgumentParser("lnprune", description=DESCRIPTION, epilog=EXIT_CODES, allow_abbrev=False)
-    version = f"lnprune {importlib.metadata.version('lnprune')}"
+    version = f"lnprune {__version__}"
     top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
