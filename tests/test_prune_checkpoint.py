@@ -437,8 +437,10 @@ def test_killed_at_any_moment(tmp_path, kind, times):
         if i % 2:
             shutil.copytree(old, out) if old.is_dir() else shutil.copy(old, out)
         process = subprocess.Popen([*PRUNE, str(source), *words, str(out)])
-        # Half of the time is for starting: the more the closer to the end.
-        time.sleep(took * rng.uniform(0.5, 1.05))
+        # From the first byte on: at once in the first two runs, later at any moment.
+        while process.poll() is None and not leftovers(tmp_path):
+            time.sleep(0.001)
+        time.sleep(0 if i < 2 else took * rng.uniform(0, 0.6))
         process.kill()
         process.wait()
         if not out.exists():
