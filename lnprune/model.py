@@ -21,6 +21,7 @@ from lnprune.modules.scores import is_given, scores_of
 from lnprune.modules.sharded import parameters_of
 from lnprune.modules.transaction import Transaction
 from lnprune.plans import plan_file
+from lnprune.plans.kinds import Uniform
 from lnprune.plans.loading import loaded, weights_of
 from lnprune.plans.outcome import NotCoupled
 from lnprune.plans.plan import Plan
@@ -144,6 +145,7 @@ def global_structured(
     min_channels: int = 1,
     multiple_of: int = 1,
     group_size: int = 1,
+    uniform: Uniform = None,
     permanent: bool = False,
     batch_dim: BatchDim = None,
     batch_size: BatchDim = None,
@@ -196,6 +198,7 @@ def global_structured(
             min_channels=min_channels,
             multiple_of=multiple_of,
             group_size=group_size,
+            uniform=uniform,
         )
         agreement.confirm("global")
     plan.apply(permanent=permanent)

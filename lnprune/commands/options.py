@@ -172,11 +172,12 @@ def _add_selection(found: argparse.ArgumentParser, is_required: bool) -> None:
         group.add_argument(
             f"--{name.replace('_', '-')}", type=int, metavar="N", help="as in Ranking.select"
         )
+    group.add_argument("--uniform", choices=["kind"], help="as in Ranking.select")
 
 
 def selection(given: argparse.Namespace) -> dict[str, Any]:
     """The arguments of Ranking.select."""
-    names = ("amount", *WORDS, *LEAST)
+    names = ("amount", *WORDS, *LEAST, "uniform")
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 

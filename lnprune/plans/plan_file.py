@@ -163,6 +163,14 @@ def _selection_of(values: dict[str, Any]) -> dict[str, Any]:
     for key, least in LEAST.items():
         if key in values or key == "group_size":
             selection[key] = fields.count(values, key, least)
+    if "uniform" in values:
+        with named("uniform", "."):
+            if isinstance(values["uniform"], dict):
+                selection["uniform"] = {
+                    pattern: fields.typed(values["uniform"], pattern, str) for pattern in values["uniform"]
+                }
+            else:
+                selection["uniform"] = fields.word(values, "uniform", ["kind"])
     return selection
 
 

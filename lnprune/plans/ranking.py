@@ -12,6 +12,7 @@ from torch import Tensor
 from lnprune.errors import per_name
 from lnprune.modules.application import Weight
 from lnprune.plans.group_ranking import Found, together
+from lnprune.plans.kinds import Uniform, checked_uniform, kinds_of
 from lnprune.plans.layers import Layers
 from lnprune.plans.outcome import details_of, slices_that_go
 from lnprune.plans.plan import Plan
@@ -124,7 +125,7 @@ class Ranking:
         self._left_out = left_out
         self._here = range(len(rows)) if here is None else here
         self._goes = functools.partial(slices_that_go, rows) if coupled is None else coupled
-        self._arrangements: dict[tuple[str, int, int, int], Arrangement] = {}
+        self._arrangements: dict[tuple[Any, ...], Arrangement] = {}
 
     @property
     def names(self) -> list[str]:
@@ -188,6 +189,8 @@ class Ranking:
         min_channels: int = 1,
         multiple_of: int = 1,
         group_size: int = 1,
+        *,
+        uniform: Uniform = None,
     ) -> Plan:
         """Chooses the channels to prune. No weight is read or changed.
 
@@ -210,6 +213,10 @@ class Ranking:
             group_size: so many adjacent channels are ranked as one, by the norm of all their elements, and
                 kept or pruned together. Each weight is ranked by itself: the same heads in the weights of
                 an attention take scores that these have in common (docs/models.md).
+            uniform: which layers keep equal numbers of channels, as code needs it that has one size for
+                all: ``"kind"``: those whose names differ in numbers alone and that have as many channels;
+                or a mapping from names or patterns to words: those with the same word. What is kept of each
+                is still the first of its own channels.
 
         Returns:
             a :class:`Plan`. With constraints not every total is possible: the plan has the possible total
@@ -219,12 +226,14 @@ class Ranking:
             it is that of the first channels of this order. With ``multiple_of`` and ``scope="global"``, the
             channels of each layer are put in order and cut into blocks of that many. The blocks of all
             layers are then ranked by the sum of their channels' norms. Ties go to the earlier parameter,
-            then to the lower index. The plan knows of no pruning that came after the ranking.
+            then to the lower index. With ``uniform``, the blocks of one rank within the layers of a kind
+            stay or go together, and are ranked by the mean of their sums; a local choice takes what is
+            nearest for the whole kind. The plan knows of no pruning that came after the ranking.
 
         Raises:
             ValueError: no count of a layer's channels meets the constraints, or its channels make no whole
                 number of groups; ``amount`` is out of range; a word is unknown; a parameter is on the
-                device meta.
+                device meta; layers of a kind have different amounts or numbers of channels.
             TypeError: ``amount`` is no number, or a constraint no int.
 
         Example:
@@ -254,10 +263,15 @@ class Ranking:
         if scope == "local":
             words["normalize"] = "none"
         options = {**words, **numbers}
-        key = (str(options["normalize"]), group_size, multiple_of, min_channels)
+        uniform = checked_uniform(uniform)
+        if uniform is not None:
+            options["uniform"] = uniform
+        kinds = kinds_of(uniform, self._layers.names, self._layers.channels)
+        constraints = (words["normalize"], group_size, multiple_of, min_channels)
+        key = (*constraints, None if kinds is None else tuple(kinds))
         arrangement = self._arrangements.get(key)
         if arrangement is None:
-            arrangement = Arrangement(self._layers, key[0], group_size, multiple_of, min_channels)
+            arrangement = Arrangement(self._layers, *constraints, kinds)
             self._arrangements[key] = arrangement
         if scope == "local":
             flags = arrangement.select_local(per_name(amount, self._layers.names, "amount"), of)

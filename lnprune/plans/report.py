@@ -43,10 +43,9 @@ def table(
     except ImportError:
         return None
 
-    options = ", ".join(f"{key}={value!r}" for key, value in selection.items() if key != "amount")
-    amount = selection["amount"]
-    shown = "by name" if isinstance(amount, dict) else repr(amount)
-    title = f"amount={shown}, n={n!r}, {options}"
+    said = {key: "by name" if isinstance(value, dict) else repr(value) for key, value in selection.items()}
+    amount = said.pop("amount")
+    title = ", ".join([f"amount={amount}, n={n!r}", *(f"{key}={value}" for key, value in said.items())])
     kept, channels = sum(entry.kept for entry in entries), sum(entry.channels for entry in entries)
     zeroed = sum(entry.parameters_removed for entry in entries)
     if elements is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lnprune.errors import named
 from lnprune.plans.layers import Layers, Parameters, alive_groups, group_norms, integers, owners
+from lnprune.plans.normalizing import compared
 from lnprune.steps import ops
 from lnprune.torch_internals import compute_nparams_toprune, validate_pruning_amount_init
 
@@ -23,17 +23,6 @@ Normalize = Literal["size", "layer", "none"]
 # The words that an option takes, and the least of the numbers.
 WORDS = {"scope": get_args(Scope), "of": get_args(Of), "normalize": get_args(Normalize)}
 LEAST = {"min_channels": 0, "multiple_of": 1, "group_size": 1}
-
-
-def _size_factor(elements: int, p: float) -> float:
-    """What the norm of so many ones is; finite and not 0, so that quotients keep the order of norms."""
-    if elements == 0:
-        return 1.0
-    try:
-        factor = float(elements) ** (1.0 if p == 0 else 1 / p)
-    except OverflowError:
-        return sys.float_info.max
-    return max(factor, sys.float_info.min)
 
 
 def kept_of(amount: int | float, total: int, of: str) -> int:
@@ -67,10 +56,17 @@ class Arrangement:
     Channels are taken in groups of ``group_size`` adjacent ones, and groups in blocks, so that a block
     has a multiple of ``multiple_of`` channels. Within a layer, groups are ranked by their norms, and the
     first block holds the first of them: whatever is kept of a layer is a number of its first blocks.
+    All layers of a kind, given by its number, keep as many.
     """
 
     def __init__(
-        self, layers: Layers, normalize: str, group_size: int, multiple_of: int, min_channels: int
+        self,
+        layers: Layers,
+        normalize: str,
+        group_size: int,
+        multiple_of: int,
+        min_channels: int,
+        kinds: Sequence[int] | None = None,
     ):
         self.layers = layers
         self.normalize = normalize
@@ -87,7 +83,7 @@ class Arrangement:
         self.groups = groups.tolist()  # of each layer
         self.layer_of_group = owners(groups)
         self.norms = group_norms(layers.norms, group_size, layers.p)
-        self.scores = self._scores(groups)
+        self.scores = compared(layers, self.norms, normalize, group_size, self.layer_of_group, self.alive)
         left = groups
         if self.alive is not None:
             left = torch.bincount(self.layer_of_group[self.alive], minlength=len(groups))
@@ -107,30 +103,15 @@ class Arrangement:
                     f"{' and '.join(named)} cannot be met{together[0]}; lower {together[1]} or exclude the "
                     "layer"
                 )
-
-    def _scores(self, groups: Tensor) -> Tensor:
-        """What groups are compared by: norms, divided for each layer by what makes layers comparable."""
-        layers, norms = self.layers, self.norms
-        if self.normalize == "none":
-            return norms
-        if self.normalize == "size":
-            if layers.p is None:
-                raise ValueError(
-                    "normalize='size' needs a norm whose order is a number: take 'layer' or 'none'"
-                )
-            factors = [_size_factor(size * self.group_size, layers.p) for size in layers.sizes]
-            return norms / torch.tensor(factors, dtype=torch.float64, device="cpu")[self.layer_of_group]
-        counted = norms.isfinite()
-        if self.alive is not None:
-            counted &= self.alive
-        indices = counted.nonzero().flatten()
-        owners = self.layer_of_group[indices]
-        sums = torch.zeros(len(groups), dtype=torch.float64, device="cpu").index_add_(
-            0, owners, norms[indices]
-        )
-        means = sums / torch.bincount(owners, minlength=len(groups))
-        # Layers of zeros stay at zero.
-        return norms / torch.where(means > 0, means, 1.0)[self.layer_of_group]
+        self._is_uniform = kinds is not None
+        self._layers_of_kind: dict[int, list[int]] = {}  # those with channels left
+        for layer, kind in enumerate(range(len(self.left)) if kinds is None else kinds):
+            if self.left[layer]:
+                self._layers_of_kind.setdefault(kind, []).append(layer)
+        for members in self._layers_of_kind.values() if self._is_uniform else ():
+            most = min(self.most[layer] for layer in members)
+            for layer in members:
+                self.most[layer] = most
 
     @functools.cached_property
     def alive(self) -> Tensor | None:
@@ -142,20 +123,35 @@ class Arrangement:
         return [1] * len(self.left) if of == "channels" else list(self.layers.sizes)
 
     def select_local(self, amounts: Sequence[int | float], of: str) -> Tensor:
-        """Bool keep flags of all channels, each layer by its own amount."""
-        rows = zip(
-            *(self.layers.names, amounts, self.left, self.costs(of), self.fewest, self.most), strict=True
-        )
-        blocks = []
-        for name, amount, left, cost, fewest, most in rows:
+        """Bool keep flags of all channels, each layer or all of a kind by their own amount."""
+        names, costs = self.layers.names, self.costs(of)
+        wanted = []
+        for name, amount, left, cost in zip(names, amounts, self.left, costs, strict=True):
             with named(name):
-                wanted = kept_of(amount, left * cost, of)
-            blocks.append(_nearest_multiple(wanted, self.step * cost, fewest, most))
+                wanted.append(kept_of(amount, left * cost, of))
+        blocks = [0] * len(names)
+        for layers in self._layers_of_kind.values():
+            first = layers[0]
+            for layer in layers[1:]:
+                if (type(amounts[layer]), amounts[layer]) != (type(amounts[first]), amounts[first]):
+                    raise ValueError(
+                        f"amount: expected one for {names[first]} and {names[layer]}, which are of one "
+                        f"kind (uniform), got {amounts[first]} and {amounts[layer]}"
+                    )
+            step = self.step * sum(costs[layer] for layer in layers)
+            count = _nearest_multiple(
+                sum(wanted[layer] for layer in layers), step, self.fewest[first], self.most[first]
+            )
+            for layer in layers:
+                blocks[layer] = count
         return self._channels(self._first_blocks(blocks))
 
     def select_global(self, amount: int | float, of: str) -> Tensor:
         """Bool keep flags of all channels, the blocks of all layers in one ranking."""
         totals = self._totals(of)
+        ranking, ends = self._ranking
+        if ends is not None:
+            totals = totals[ends]
         wanted = kept_of(amount, self.all_left(of), of)
         # The first total that is not below, or the one before it if that is nearer.
         length = int(torch.searchsorted(totals, wanted))
@@ -163,7 +159,9 @@ class Arrangement:
             length > 0 and wanted - int(totals[length - 1]) < int(totals[length]) - wanted
         ):
             length -= 1
-        return self._channels(self._required.clone().index_fill_(0, self._ranking[:length].flatten(), True))
+        if ends is not None:
+            length = int(ends[length])
+        return self._channels(self._required.clone().index_fill_(0, ranking[:length].flatten(), True))
 
     def ranked(self) -> list[Tensor]:
         """For each layer the scores of the groups that are not gone, largest first."""
@@ -177,8 +175,11 @@ class Arrangement:
         """Where a global choice cuts all layers: the smallest score of a block that stays.
 
         Blocks that stay only because of ``min_channels``, below one that goes, do not count. The score of a
-        block is the mean of its groups. None where nothing goes, or nothing stays.
+        block is the mean of its groups. None where nothing goes, or nothing stays, or kinds of layers are
+        cut as wholes.
         """
+        if self._is_uniform:
+            return None
         blocks, _ = self._blocks
         scores = self.scores[blocks.flatten()].view(blocks.shape).mean(dim=1).nan_to_num(nan=math.inf)
         kept = flags.view(-1, self.group_size)[:, 0][blocks[:, 0]]
@@ -245,20 +246,43 @@ class Arrangement:
         return groups[whole].view(shape), may_go[whole].view(shape)[:, 0]
 
     @functools.cached_property
-    def _ranking(self) -> Tensor:
-        """The blocks that may be pruned, by rank, as rows of their groups."""
+    def _ranking(self) -> tuple[Tensor, Tensor | None]:
+        """The blocks that may be pruned, by rank, as rows of their groups, and where what stays may end.
+
+        With kinds of layers that is before or after all of the blocks that stay or go together; None:
+        anywhere.
+        """
         scores = self.scores
-        order = self._by_rank()
-        if self.step == self.group_size:
+        if self.step == self.group_size and not self._is_uniform:
+            order = self._by_rank()
             optional = ~self._required[order]
-            return order[optional.nonzero().flatten()].view(-1, 1)
+            return order[optional.nonzero().flatten()].view(-1, 1), None
         blocks, may_go = self._blocks
         blocks = blocks[may_go]
         if blocks.numel() == 0:
-            return blocks
+            return blocks, None
         # One group after another, so that equal blocks have equal sums.
         sums = functools.reduce(torch.add, (scores[groups] for groups in blocks.unbind(1)))
-        return blocks[torch.sort(sums, descending=True, stable=True).indices]
+        if not self._is_uniform:
+            return blocks[torch.sort(sums, descending=True, stable=True).indices], None
+        together = self._of_kinds()
+        sizes = torch.bincount(together)
+        means = torch.zeros(len(sizes), dtype=torch.float64, device="cpu").index_add_(0, together, sums)
+        order = torch.sort(means / sizes, descending=True, stable=True).indices
+        ends = torch.cat([integers([0]), sizes[order].cumsum(0)])
+        return blocks[torch.sort(order.argsort()[together], stable=True).indices], ends
+
+    def _of_kinds(self) -> Tensor:
+        """For each block that may be pruned, by layer and rank, the number of those that go with it."""
+        first, start = [0] * len(self.left), 0
+        for layers in self._layers_of_kind.values():
+            for layer in layers:
+                first[layer] = start
+            start += self.most[layers[0]] - self.fewest[layers[0]]
+        free = [most - fewest for most, fewest in zip(self.most, self.fewest, strict=True)]
+        return torch.cat(
+            [torch.arange(at, at + count, device="cpu") for at, count in zip(first, free, strict=True)]
+        )
 
     def all_left(self, of: str) -> int:
         """All channels or parameters that are left."""
@@ -269,7 +293,7 @@ class Arrangement:
 
     def _joint_totals(self, parameters: Sequence[Parameters]) -> Tensor:
         """As :meth:`_totals`, of the parameters that coupled layers are slices of."""
-        layers = self.layer_of_group[self._ranking[:, 0]]
+        layers = self.layer_of_group[self._ranking[0][:, 0]]
 
         @functools.cache
         def gone(layer: int) -> Tensor:
@@ -304,7 +328,7 @@ class Arrangement:
             required = sum(
                 fewest * self.step * cost for fewest, cost in zip(self.fewest, costs, strict=True)
             )
-            layers = self.layer_of_group[self._ranking[:, 0]]
+            layers = self.layer_of_group[self._ranking[0][:, 0]]
             steps = integers(costs)[layers]
             totals = torch.cat([integers([required]), steps * self.step])
             self._known_totals[of] = totals.cumsum(0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lnprune.errors import check_flags, named, shown
 from lnprune.modules.finding import Patterns
 from lnprune.plans import plan_file
+from lnprune.plans.kinds import Uniform
 from lnprune.plans.selection import Normalize, Of, Scope
 from lnprune.removal.checks import checked_tensors
 from lnprune.removal.coupling import couple
@@ -36,6 +37,7 @@ def compact(
     min_channels: int = 1,
     multiple_of: int = 1,
     group_size: int = 1,
+    uniform: Uniform = None,
     verify: bool = True,
     inplace: bool = False,
 ) -> nn.Module:
@@ -58,6 +60,7 @@ def compact(
         min_channels: keep at least so many channels of every group.
         multiple_of: keep a multiple of so many.
         group_size: so many adjacent channels are ranked as one.
+        uniform: which groups keep equal numbers of channels.
         verify: as for :meth:`Plan.compact`.
         inplace: as for :meth:`Plan.compact`.
 
@@ -83,7 +86,7 @@ def compact(
     check_flags(verify=verify, inplace=inplace)
     coupling = couple(model, example_inputs, include=include, exclude=exclude, check=check)
     plan = coupling.rank(n, members).select(
-        amount, scope, of, normalize, min_channels, multiple_of, group_size
+        amount, scope, of, normalize, min_channels, multiple_of, group_size, uniform=uniform
     )
     return plan.compact(verify, inplace)
 
