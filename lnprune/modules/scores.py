@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -93,6 +93,25 @@ def factors_of(
         values = checked_vector(vector, lengths, tensors[weight], f"{weight.name}: element_scale")
         found[weight] = Factors(values.flatten().contiguous(), other)
     return found
+
+
+def factors_along(
+    weights: Sequence[Weight],
+    tensors: Mapping[Weight, Tensor],
+    dims: Mapping[Weight, Collection[int]],
+    given: Mapping[Any, Tensor] | None,
+) -> dict[Weight, Factors]:
+    """The same where a weight may be measured along several dims, of which its factors can mean one."""
+    index = _index(weights)
+    for key in given if isinstance(given, Mapping) else ():
+        along = dims[weights[index[key]]] if key in index else (0,)
+        if len(along) > 1:
+            raise ValueError(
+                f"{key}: element_scale: expected a weight with channels along one dim, got one along "
+                f"{' and '.join(map(str, sorted(along)))}: multiply importance_scores by the factors"
+            )
+    one = {weight: min(along) for weight, along in dims.items()}
+    return factors_of(weights, tensors, one, dict.fromkeys(weights), given)
 
 
 def _other_dim(weight: Weight, dim: int, batch: Batch | None) -> int:

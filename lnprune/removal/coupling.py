@@ -9,13 +9,16 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lnprune.errors import shown
-from lnprune.modules.finding import Choice, Found, Patterns
+from lnprune.modules.finding import Patterns
 from lnprune.modules.parameters import Weight
+from lnprune.modules.scores import factors_along, scores_of
 from lnprune.modules.values import current_values, weights_by_name
 from lnprune.plans.ranking import Ranking, measure
 from lnprune.plans.rows import Member, Row
 from lnprune.plans.saved_groups import Attribute, SavedGroup, SavedMember
+from lnprune.plans.scales import scales_of
 from lnprune.removal import checks
+from lnprune.removal.choosing import chosen
 from lnprune.removal.comparison import Inputs
 from lnprune.removal.groups import Group, GroupMember, Refused, found_groups, in_order, refusals
 from lnprune.removal.removed import Removed
@@ -23,6 +26,7 @@ from lnprune.removal.run import followed
 from lnprune.removal.trial import Trial
 from lnprune.steps import reference
 from lnprune.steps.norms import Order
+from lnprune.torch_internals import own_parameters
 
 _SECONDS = 30.0
 _LISTED = 4  # so many names are printed of a list
@@ -44,7 +48,15 @@ class Coupling:
         self._model = model
         self._inputs = inputs  # what verifies a model without channels
 
-    def rank(self, n: Order, members: Literal["all", "producers"] = "all") -> Ranking:
+    def rank(
+        self,
+        n: Order,
+        members: Literal["all", "producers"] = "all",
+        importance_scores: Mapping[Any, Tensor] | None = None,
+        *,
+        scale: Mapping[str, Tensor] | None = None,
+        element_scale: Mapping[Any, Tensor] | None = None,
+    ) -> Ranking:
         """Measures the channels of each group: the L\\ ``n`` norm of all their slices together.
 
         What :func:`rank` is for single weights. ``select`` takes the same arguments; a global one with
@@ -58,12 +70,19 @@ class Coupling:
             members: the weights that are measured: ``"all"``, those that make the channels and those that
                 read them; or ``"producers"``, those that make them. Biases and what norms multiply and add
                 are not measured: they go with the channels.
+            importance_scores: tensors to measure in place of some of the weights, each of its weight's
+                shape, by ``(module, name)`` or name. Those of weights that are not measured are not used.
+            scale: by the name of a group, what the norms of its channels are multiplied by: float vectors
+                of shape ``(channels,)``. Their absolute values count.
+            element_scale: by ``(module, name)`` or name of a weight that is measured, what its elements are
+                multiplied by: a factor for each index of the *other* dim, as for :func:`rank`.
 
         Returns:
             a :class:`Ranking`, one row for each group, by the name of the group.
 
         Raises:
-            ValueError: ``members`` is another word; there are no groups.
+            ValueError: ``members`` is another word; there are no groups; scores or vectors are for nothing
+                that is there, or of another shape.
             RuntimeError: a parameter has another shape by now; ``n`` is no order of a norm.
 
         Example:
@@ -86,16 +105,38 @@ class Coupling:
             raise ValueError(f"members: expected 'all' or 'producers', got {shown(members)}")
         if not self.groups:
             raise ValueError("there are no groups of channels to rank: print(coupling) says why")
+        rows = self._rows[members]
         tensors, masks = current_values(self._weights.values())
-        measured = {weight for row in self._rows[members] for m in row.members for weight in [m.weight]}
+        dims: dict[Weight, set[int]] = {}
+        for row in rows:
+            for member in row.members:
+                dims.setdefault(member.weight, set()).add(member.dim)
+        values = {weight: tensor for weight, tensor in tensors.items() if weight in dims}
+        weights, measured = list(values), list(values.values())
+        scores = scores_of(weights, measured, self._of_measured(importance_scores, weights))
         return measure(
-            self._rows[members],
+            rows,
             n,
-            {weight: tensor for weight, tensor in tensors.items() if weight in measured},
-            None,
+            values,
+            dict(zip(weights, scores, strict=True)),
             masks,
             self._removed,
+            scales=scales_of(rows, [values[row.members[0].weight] for row in rows], scale),
+            factors=factors_along(weights, values, dims, element_scale),
         )
+
+    def _of_measured(self, scores: Any, weights: Sequence[Weight]) -> Any:
+        """Scores without those of the model's other parameters."""
+        if not isinstance(scores, Mapping):
+            return scores
+        taken = {key for weight in weights for key in (*weight.names, *weight.places)}
+        others = {
+            key
+            for path, module in self._model.named_modules(remove_duplicate=False)
+            for name in own_parameters(module)
+            for key in (f"{path}.{name}" if path else name, (module, name))
+        }
+        return {key: score for key, score in scores.items() if key in taken or key not in others}
 
     def _removed(self, keep: Sequence[Tensor]) -> Removed:
         """What goes with the channels that are not kept."""
@@ -267,7 +308,7 @@ def couple(
         trial.finish()
         groups = in_order(trial.good, tensors)
         refused += [each for group, reason in trial.bad for each in refusals(group, reason)]
-    groups, left_out = _chosen(model, groups, refused, include, exclude)
+    groups, left_out = chosen(model, groups, refused, include, exclude)
     return Coupling(model, groups, refused + left_out, (args, kwargs))
 
 
@@ -280,40 +321,3 @@ def _seconds(check: Any) -> float | None:
     if not isinstance(check, (int, float)) or not check > 0:
         raise ValueError(f"check: expected True, False or seconds, more than 0, got {shown(check)}")
     return float(check)
-
-
-def _chosen(
-    model: nn.Module, groups: list[Group], refused: list[Refused], include: Patterns, exclude: Patterns
-) -> tuple[list[Group], list[Refused]]:
-    """The groups that are meant, and the others as refused."""
-    included, excluded = Choice(include, "include"), Choice(exclude, "exclude")
-    modules = dict(model.named_modules())
-
-    def found(name: str) -> Found:
-        path, _, attribute = name.rpartition(".")
-        return Found(name, modules[path], attribute)
-
-    chosen, left_out = [], []
-    for group in groups:
-        makers = [found(name) for name in group.makers]
-        out = [each for each in makers if excluded.match(each) is not None]
-        inside = [each for each in makers if included.match(each) is not None]
-        if out:
-            left_out += refusals(group, f"is excluded with `{out[0].name}`")
-        elif included.patterns and not inside:
-            left_out += refusals(group, "is not included")
-        else:
-            chosen.append(group)
-    hit = set(included.matched)
-    others = [(found(each.parameter), each.reason) for each in refused]
-    for entry, reason in others:
-        before = set(included.matched)
-        included.match(entry)
-        excluded.match(entry)
-        new = included.matched - before - hit
-        if new:
-            raise ValueError(f"include: the channels of {entry.name} cannot go: {reason}")
-    known = [found(name) for group in groups for name in group.makers] + [entry for entry, _ in others]
-    included.check_all_matched(model, known)
-    excluded.check_all_matched(model, known)
-    return chosen, left_out
