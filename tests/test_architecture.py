@@ -96,9 +96,12 @@ def test_modules_import_each_other_in_one_direction(name):
 
 
 # From the ground up. The ground floor is what every floor may use: it is about no step and no plan.
-# Integrations need packages that lnprune does without, so nothing imports them.
+# Integrations need packages that lnprune does without. Commands import them where they are used.
 GROUND = {"errors", "torch_internals", "atomic_file", "import_report"}
-FLOORS = ("", "steps", "modules", "plans", "removal", "checkpoints", "calls", "commands", "integrations")
+FLOORS = (
+    *("", "steps", "modules", "plans", "removal", "checkpoints"),
+    *("calls", "pretrained", "integrations", "commands"),
+)
 # What the command line starts with lies where Python looks for it.
 ELSEWHERE = {"__main__": "commands"}
 

@@ -66,7 +66,7 @@ class Subject:
         """Makes the copy in a dtype; with random weights of a scale, if that is given."""
 
         def value(name: str, tensor: Tensor) -> Tensor:
-            return converted(tensor, dtype) if scale is None else _random(name, tensor, dtype, scale)
+            return converted(tensor, dtype) if scale is None else random_value(name, tensor, dtype, scale)
 
         self._dtype = dtype
         self.model = self.like(model, tensors, value)
@@ -182,7 +182,7 @@ def _compared(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -
     return None
 
 
-def _random(name: str, tensor: Tensor, dtype: torch.dtype | None, scale: float) -> Tensor:
+def random_value(name: str, tensor: Tensor, dtype: torch.dtype | None, scale: float = 1.0) -> Tensor:
     """Random values in place of those of a parameter, or of the running statistics of a norm."""
     is_statistic = name.endswith(("running_mean", "running_var"))
     if not tensor.is_floating_point() or not (isinstance(tensor, nn.Parameter) or is_statistic):

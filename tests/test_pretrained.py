@@ -1,0 +1,573 @@
+"""prune_pretrained: folders that from_pretrained loads, against zeros in the larger models."""
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lnprune.checkpoints.failures import RefusedTarget, UnusableCheckpoint
+from lnprune.integrations.transformers import prune_pretrained
+from lnprune.pretrained import proof, pruning
+from lnprune.pretrained.model_types import MODEL_TYPES
+from lnprune.pretrained.slices import without_slices
+from tests.pretrained_models import MODELS, library, small_model
+
+slow = pytest.mark.slow
+OF_HEADS = [name for name, known in MODEL_TYPES.items() if known.heads and known.heads.size]
+OF_EXPERTS = [name for name, known in MODEL_TYPES.items() if known.experts]
+IDS = {"input_ids": torch.arange(3, 27).view(2, 12)}
+
+
+def saved(path, model_type, dtype=torch.float32, **numbers):
+    """A folder of a small model; and it."""
+    model = small_model(model_type, dtype, **numbers)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def loaded(path, **options):
+    """The model of a folder in float64, whatever attention it takes by itself."""
+    with open(os.path.join(path, "config.json")) as file:
+        (name,) = json.load(file)["architectures"]
+    model_class = getattr(library(), name)
+    model, found = model_class.from_pretrained(
+        path, dtype=torch.float64, output_loading_info=True, local_files_only=True, **options
+    )
+    assert not any(found.values()), found
+    return model.to(torch.float64).eval()
+
+
+def config_of(path):
+    with open(os.path.join(path, "config.json")) as file:
+        return json.load(file)
+
+
+def inputs_of(model_type):
+    if model_type == "vit":
+        generator = torch.Generator().manual_seed(1)
+        return {"pixel_values": torch.randn(3, 3, 32, 32, generator=generator).double()}
+    return {**IDS, "decoder_input_ids": IDS["input_ids"]} if model_type == "t5" else IDS
+
+
+def output(model, inputs):
+    """The first output; what code rounds to float32 is not rounded."""
+    with torch.no_grad(), proof._InFloat64():
+        return model(**inputs)[0]
+
+
+def kept_along(whole, part, dim):
+    """Which slices of a tensor are those of a part of it, in order."""
+    whole, part = (each.unsqueeze(-1).movedim(dim, 0).flatten(1) for each in (whole, part))
+    found = (part[:, None] == whole[None]).all(-1)
+    assert (found.sum(1) == 1).all()
+    index = found.int().argmax(1)
+    assert (index.diff() > 0).all(), "the order stays"
+    return index
+
+
+def zeroed_like(model, small):
+    """Zeros in a model where a smaller one has lost slices; which slices are left, by name."""
+    known = small.state_dict()
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        other = known[name]
+        dims = [dim for dim, size in enumerate(tensor.shape) if size != other.shape[dim]]
+        if not dims:
+            assert torch.equal(tensor, other), name
+            continue
+        (dim,) = dims
+        if tensor.dim() == 3 or (tensor.dim() == 2 and "experts" in name and "bias" in name and dim == 1):
+            kept[name] = (
+                [kept_along(a, b, dim - 1) for a, b in zip(tensor, other, strict=True)]
+                if dim
+                else [kept_along(tensor, other, 0)]
+            )
+        else:
+            kept[name] = [kept_along(tensor, other, dim)]
+        parts = tensor if len(kept[name]) > 1 else [tensor]
+        for each, index in zip(parts, kept[name], strict=True):
+            along = dim - 1 if len(kept[name]) > 1 else dim
+            gone = torch.ones(each.shape[along], dtype=torch.bool)
+            gone[index] = False
+            each.index_fill_(along, gone.nonzero().flatten(), 0)
+    return kept
+
+
+def assert_equal(got, want):
+    assert float((got - want).abs().max()) <= 1e-12 * float(want.abs().max())
+
+
+@slow
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_model_type_loads_and_computes_the_same(tmp_path, model_type):
+    source, target = saved(tmp_path / "in", model_type), str(tmp_path / "out")
+    heads = 0.5 if model_type in OF_HEADS else None
+    pruned = prune_pretrained(source, target, 0.25, heads=heads)
+    assert pruned.difference <= 1e-12
+    options = (
+        {"experts_implementation": "eager"} if model_type in OF_EXPERTS else {}
+    )  # others know no float64
+    small, model = loaded(target, **options), loaded(source, **options)
+    before = output(model, inputs_of(model_type))
+    kept = zeroed_like(model, small)
+    assert len(kept) >= 4
+    want = output(model, inputs_of(model_type))
+    assert_equal(output(small, inputs_of(model_type)), want)
+    assert float((before - want).abs().max()) > 1e-6 * float(want.abs().max())
+    sizes = [sum(each.numel() for each in made.parameters()) for made in (model, small)]
+    assert tuple(sizes) == pruned.parameters
+    assert pruned.size[1] < pruned.size[0]
+
+
+def test_the_models_of_the_table_are_the_models_of_the_tests():
+    assert set(MODELS) == set(MODEL_TYPES)
+
+
+@slow
+@pytest.mark.parametrize("model_type", OF_EXPERTS)
+def test_whole_experts_go_with_their_router(tmp_path, model_type, monkeypatch):
+    source, target = saved(tmp_path / "in", model_type), str(tmp_path / "out")
+    pruned = prune_pretrained(source, target, 0, experts=2 if model_type == "nemotron_h" else 1)
+    assert pruned.difference <= 1e-12
+    small = loaded(target, experts_implementation="eager")
+    model = loaded(source, experts_implementation="eager")
+    kept = zeroed_like(model, small)
+    routers = {name: index for name, (index,) in kept.items() if "gate." in name or "router." in name}
+    assert routers
+    weights = dict([*model.named_parameters(), *model.named_buffers()])
+    linear = nn.functional.linear
+
+    def routed(given, weight, bias=None):
+        """Logits of experts that are gone are minus infinity."""
+        made = linear(given, weight, bias)
+        for name, index in routers.items():
+            if weight is weights[name]:
+                gone = torch.ones(made.shape[-1], dtype=torch.bool)
+                gone[index] = False
+                made = made.masked_fill(gone, -torch.inf)
+        return made
+
+    for name, index in routers.items():
+        if weights[name].dim() == 1:  # what is added to scores: zeros now
+            gone = torch.ones(len(weights[name]), dtype=torch.bool)
+            gone[index] = False
+            weights[name].data[gone] = -torch.inf
+    got = output(small, IDS)
+    monkeypatch.setattr(nn.functional, "linear", routed)
+    assert_equal(got, output(model, IDS))
+
+
+@slow
+@pytest.mark.parametrize("model_type", OF_EXPERTS)
+def test_experts_and_widths_and_heads_together(tmp_path, model_type):
+    source, target = saved(tmp_path / "in", model_type), str(tmp_path / "out")
+    heads = 2 if model_type in OF_HEADS else None
+    pruned = prune_pretrained(source, target, 8, heads=heads, experts=0.25, multiple_of=4)
+    assert pruned.difference <= 1e-12
+    known = MODEL_TYPES[model_type].experts
+    config = loaded(target).config
+    count = 8 if model_type == "nemotron_h" else 4
+    assert getattr(config, known.number) == count * 3 // 4
+    before, after = pruned.numbers[known.width]
+    assert getattr(config, known.width) == after == before - 8
+
+
+def norms_of(*tensors):
+    """The L2 norm of all slices that belong to a channel: each tensor has channels along dim 0."""
+    return sum(each.double().flatten(1).square().sum(1) for each in tensors).sqrt()
+
+
+def largest(norms, count):
+    return norms.argsort(descending=True, stable=True)[:count].sort().values
+
+
+@slow
+def test_of_every_layer_the_channels_and_heads_with_the_largest_norms_stay(tmp_path):
+    source, target = saved(tmp_path / "in", "llama"), str(tmp_path / "out")
+    pruned = prune_pretrained(source, target, 0.25, heads=2)
+    assert pruned.numbers == {
+        "intermediate_size": (48, 36),
+        "num_attention_heads": (4, 2),
+        "num_key_value_heads": (2, 1),
+    }
+    model, small = loaded(source), loaded(target)
+    for layer, other in zip(model.model.layers, small.model.layers, strict=True):
+        gate, up, down = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
+        keep = largest(norms_of(gate, up, down.T), 36)
+        assert torch.equal(other.mlp.gate_proj.weight, gate[keep])
+        assert torch.equal(other.mlp.down_proj.weight, down[:, keep])
+        attention = layer.self_attn
+        queries = attention.q_proj.weight.view(2, 16, 32)
+        keys, values = (each.weight.view(2, 8, 32) for each in (attention.k_proj, attention.v_proj))
+        outputs = attention.o_proj.weight.T.reshape(2, 16, 32)
+        (head,) = largest(norms_of(queries, keys, values, outputs), 1)
+        assert torch.equal(other.self_attn.q_proj.weight, queries[head])
+        assert torch.equal(other.self_attn.k_proj.weight, keys[head])
+
+
+@slow
+def test_of_every_layer_the_experts_with_the_largest_norms_stay_and_of_each_its_channels(tmp_path):
+    source, target = saved(tmp_path / "in", "mixtral"), str(tmp_path / "out")
+    prune_pretrained(source, target, 12, experts=1)
+    model, small = loaded(source), loaded(target)
+    for layer, other in zip(model.model.layers, small.model.layers, strict=True):
+        experts, router = layer.mlp.experts, layer.mlp.gate.weight
+        keep = largest(norms_of(experts.gate_up_proj, experts.down_proj, router), 3)
+        assert torch.equal(other.mlp.gate.weight, router[keep])
+        for index, expert in enumerate(keep):
+            both, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+            channels = largest(norms_of(both[:48], both[48:], down.T), 36)
+            assert torch.equal(
+                other.mlp.experts.gate_up_proj[index], both[torch.cat([channels, channels + 48])]
+            )
+            assert torch.equal(other.mlp.experts.down_proj[index], down[:, channels])
+
+
+@slow
+def test_scores_and_factors_choose(tmp_path):
+    source = saved(tmp_path / "in", "qwen2_moe")
+    model = loaded(source)
+    names = dict(model.named_parameters())
+    mlp, experts = "model.layers.0.mlp.shared_expert", "model.layers.1.mlp.experts"
+    scores = {
+        f"{mlp}.{name}_proj.weight": torch.zeros(names[f"{mlp}.{name}_proj.weight"].shape)
+        for name in ("gate", "up", "down")
+    }
+    scores[f"{mlp}.gate_proj.weight"][10:] = 1
+    scores["model.embed_tokens.weight"] = torch.ones(64, 32)  # of what is not measured
+    favoured = torch.ones(4, 24)
+    favoured[:, :6] = 1e-6
+    scale = {experts: favoured}
+    prune_pretrained(source, tmp_path / "out", 0.25, importance_scores=scores, scale=scale)
+    small = dict(loaded(str(tmp_path / "out")).named_parameters())
+    assert torch.equal(small[f"{mlp}.up_proj.weight"], names[f"{mlp}.up_proj.weight"][10:])
+    assert torch.equal(small[f"{experts}.down_proj"], names[f"{experts}.down_proj"][:, :, 6:])
+    for argument in ("importance_scores", "scale", "element_scale"):
+        with pytest.raises(ValueError, match=f"{argument}: 'no.such' is nothing that is measured"):
+            prune_pretrained(source, tmp_path / "more", 0.25, **{argument: {"no.such": torch.ones(3)}})
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+@slow
+def test_the_folder_keeps_its_dtype_its_other_files_and_its_tied_weights(tmp_path):
+    source = saved(tmp_path / "in", "gpt2", torch.bfloat16)
+    os.makedirs(tmp_path / "in" / "1_Pooling")
+    for name in ("tokenizer.json", "1_Pooling/config.json", "pytorch_model.bin", "model.onnx"):
+        (tmp_path / "in" / name).write_text("{}")
+    os.symlink(tmp_path / "in" / "tokenizer.json", tmp_path / "in" / "vocab.json")
+    (tmp_path / "in" / ".git").mkdir()
+    (tmp_path / "in" / ".git" / "HEAD").write_text("ref")
+    prune_pretrained(source, tmp_path / "out", 0.5)
+    assert sorted(
+        os.path.relpath(os.path.join(folder, name), tmp_path / "out")
+        for folder, _, names in os.walk(tmp_path / "out")
+        for name in names
+    ) == [
+        "1_Pooling/config.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "vocab.json",
+    ]
+    assert not os.path.islink(tmp_path / "out" / "vocab.json")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    before = {**config_of(source), "n_inner": 64}
+    assert config_of(tmp_path / "out") == before
+    model = library().AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.dtype == torch.bfloat16
+
+
+@slow
+def test_a_pruned_folder_is_pruned_again_and_zeros_go_first(tmp_path):
+    source = saved(tmp_path / "in", "bert")
+    tensors = load_file(os.path.join(source, "model.safetensors"))
+    for layer in range(2):
+        for name, dim in (("intermediate.dense.weight", 0), ("output.dense.weight", 1)):
+            tensors[f"encoder.layer.{layer}.{name}"].index_fill_(dim, torch.arange(8 * (layer + 1)), 0)
+    save_file(tensors, os.path.join(source, "model.safetensors"), {"format": "pt"})
+    # Of 40 and 32 that are left go a quarter, and as many as the other has.
+    prune_pretrained(source, tmp_path / "out", 0.25)
+    kept = config_of(tmp_path / "out")["intermediate_size"]
+    assert kept in (24, 27, 30)
+    prune_pretrained(tmp_path / "out", tmp_path / "more", 4)
+    assert config_of(tmp_path / "more")["intermediate_size"] == kept - 4
+
+
+@slow
+def test_a_wrong_cut_is_found_and_named_and_nothing_is_left(tmp_path, monkeypatch):
+    source = saved(tmp_path / "in", "llama")
+
+    def wrong(tensors, parts):
+        """Takes other rows of one weight."""
+        made = without_slices(tensors, parts)
+        name = "model.layers.1.mlp.up_proj.weight"
+        if made[name].shape != tensors[name].shape:
+            made[name] = tensors[name][: len(made[name])]
+        return made
+
+    monkeypatch.setattr(pruning, "without_slices", wrong)
+    with pytest.raises(
+        RuntimeError, match=r"^what was written is not .* in place of intermediate channels: with their own"
+    ):
+        prune_pretrained(source, tmp_path / "out", 0.25, heads=2)
+    assert os.listdir(tmp_path) == ["in"]
+    assert prune_pretrained(source, tmp_path / "out", 0.25, heads=2, verify=False).difference is None
+
+
+@slow
+def test_random_weights_find_what_zeros_hide(tmp_path, monkeypatch):
+    source = saved(tmp_path / "in", "llama")
+    tensors = load_file(os.path.join(source, "model.safetensors"))
+    for name in tensors:
+        if "up_proj" in name:
+            tensors[name].zero_()
+    save_file(tensors, os.path.join(source, "model.safetensors"), {"format": "pt"})
+    whole = proof.zero_
+    monkeypatch.setattr(
+        proof,
+        "zero_",
+        lambda tensors, parts: whole(tensors, [p for p in parts if "channels" not in p.what]),
+    )
+    with pytest.raises(RuntimeError, match="intermediate channels: with random weights outputs differ by"):
+        prune_pretrained(source, tmp_path / "out", 0.25, heads=2)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@slow
+@pytest.mark.parametrize("place", ["save", "compare"])
+@pytest.mark.parametrize("was_there", [False, True])
+def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, monkeypatch, place, was_there):
+    source, target = saved(tmp_path / "in", "bert"), tmp_path / "out"
+    if was_there:
+        target.mkdir()
+        (target / "mine.txt").write_text("mine")
+    before = load_file(os.path.join(source, "model.safetensors"))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if place == "save":
+        monkeypatch.setattr(library().PreTrainedModel, "save_pretrained", interrupted)
+    else:
+        monkeypatch.setattr(proof, "difference", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_pretrained(source, target, 0.25, force=was_there)
+    assert sorted(os.listdir(tmp_path)) == ["in", *(["out"] * was_there)]
+    assert not was_there or os.listdir(target) == ["mine.txt"]
+    after = load_file(os.path.join(source, "model.safetensors"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.undo()
+    prune_pretrained(source, target, 0.25, force=was_there)
+    assert "mine.txt" not in os.listdir(target)
+
+
+def edited(folder, **entries):
+    config = {**config_of(folder), **entries}
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump({key: value for key, value in config.items() if value is not ...}, file)
+
+
+REFUSED = {
+    "no config": (
+        lambda folder: os.remove(os.path.join(folder, "config.json")),
+        UnusableCheckpoint,
+        "expected a folder of transformers, with a config.json",
+    ),
+    "broken config": (
+        lambda folder: pathlib.Path(folder, "config.json").write_text("{"),
+        UnusableCheckpoint,
+        "transformers does not read its config.json",
+    ),
+    "a type that transformers does not know": (
+        lambda folder: edited(folder, model_type="no_such"),
+        UnusableCheckpoint,
+        "transformers does not read its config.json",
+    ),
+    "a type that lnprune does not know": (
+        lambda folder: edited(folder, model_type="xlm"),
+        UnusableCheckpoint,
+        r"is not known of the model type 'xlm', only of bert, .*Plan\.compact\(\) and load_compact\(\)",
+    ),
+    "no architecture": (
+        lambda folder: edited(folder, architectures=...),
+        UnusableCheckpoint,
+        "expected one class of transformers as `architectures` of its config.json, got none",
+    ),
+    "quantized": (
+        lambda folder: edited(
+            folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
+        ),
+        UnusableCheckpoint,
+        "is quantized, as the quantization_config",
+    ),
+    "no weights": (
+        lambda folder: os.remove(os.path.join(folder, "model.safetensors")),
+        UnusableCheckpoint,
+        "holds no .safetensors",
+    ),
+    "another size than the config says": (
+        lambda folder: edited(folder, intermediate_size=64),
+        UnusableCheckpoint,
+        "has weights of another shape for",
+    ),
+}
+
+
+@slow
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_folder_that_cannot_be_pruned_is_refused_by_name(tmp_path, what):
+    spoil, kind, words = REFUSED[what]
+    source = saved(tmp_path / "in", "bert")
+    spoil(source)
+    with pytest.raises(kind, match=words) as caught:
+        prune_pretrained(source, tmp_path / "out", 0.25)
+    assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@slow
+def test_weights_that_are_missing_packed_or_too_many_are_refused(tmp_path):
+    source = saved(tmp_path / "in", "bert")
+    file = os.path.join(source, "model.safetensors")
+    tensors = load_file(file)
+    name = "encoder.layer.1.output.dense.weight"
+
+    def refused(changes, words):
+        made = {key: tensor for key, tensor in {**tensors, **changes}.items() if tensor is not None}
+        save_file(made, file, {"format": "pt"})
+        with pytest.raises(UnusableCheckpoint, match=words):
+            prune_pretrained(source, tmp_path / "out", 0.25)
+        assert os.listdir(tmp_path) == ["in"]
+
+    refused({name: None}, f"has no weights for {name} of BertModel")
+    refused(
+        {"more.weight": torch.ones(3)}, "has weights that the model does not load: more.weight of BertModel"
+    )
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn):
+        refused({name: tensors[name].to(dtype)}, f"{name} is of .*got quantized or packed ones")
+    save_file({**tensors, "position_ids": torch.arange(512)[None]}, file, {"format": "pt"})
+    prune_pretrained(source, tmp_path / "out", 0.25)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("model_type", "options", "words"),
+    [
+        ("bert", {"heads": 1}, "BertModel divides hidden_size by the number of heads"),
+        ("olmo2", {"heads": 1}, "cannot take heads out of Olmo2ForCausalLM"),
+        ("llama", {"heads": 1}, "expected a multiple of 2, as so many share keys and values, got 1"),
+        ("llama", {"experts": 1}, "LlamaForCausalLM has none"),
+        ("llama", {"amount": 0}, "expected channels, heads or experts that go, got none"),
+        ("llama", {"amount": 49}, "49"),
+        ("llama", {"amount": -1}, "amount: expected a count, or a share in"),
+        ("llama", {"heads": 1.5}, "heads: expected a count, or a share in"),
+        ("llama", {"multiple_of": 0}, "multiple_of: expected 1 or more, got 0"),
+        ("mixtral", {"experts": 3}, "each token takes 2: expected so many that stay, got 1"),
+        ("nemotron_h", {"experts": 1}, "expected a multiple of 2, the groups of the router, got 1"),
+        ("qwen3_moe", {"experts": 1, "mlp_only_layers": [0, 1]}, "has no layers of experts"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(tmp_path, model_type, options, words):
+    numbers = {key: options.pop(key) for key in ("mlp_only_layers",) if key in options}
+    source = saved(tmp_path / "in", model_type, **numbers)
+    with pytest.raises(ValueError, match=words):
+        prune_pretrained(source, tmp_path / "out", **{"amount": 0.25, **options})
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@slow
+def test_heads_that_a_config_does_not_allow_are_refused_by_its_own_words(tmp_path):
+    source = saved(tmp_path / "in", "llama", num_key_value_heads=4)
+    with pytest.raises(
+        ValueError,
+        match=r"LlamaConfig does not allow .*num_attention_heads=3.*not a multiple of the number",
+    ):
+        prune_pretrained(source, tmp_path / "out", 0.25, heads=1)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@slow
+def test_weights_that_are_tied_are_not_cut(tmp_path, monkeypatch):
+    source = saved(tmp_path / "in", "bert")
+    real = pruning.Folder.load
+
+    def tied(folder, *args):
+        model = real(folder, *args)
+        first, second = (layer.intermediate.dense for layer in model.encoder.layer)
+        second.weight = first.weight
+        return model
+
+    monkeypatch.setattr(pruning.Folder, "load", tied)
+    with pytest.raises(
+        ValueError, match=r"are one weight \(tied\): expected channels that go to be its alone"
+    ):
+        prune_pretrained(source, tmp_path / "out", 0.25)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@slow
+def test_targets_that_are_not_written_to(tmp_path):
+    source = saved(tmp_path / "in", "bert")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("there", "file", "in", "in/inside", "no/such"):
+        with pytest.raises(RefusedTarget):
+            prune_pretrained(source, tmp_path / name, 0.25)
+    assert (tmp_path / "there" / "file").read_text() == (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    prune_pretrained(source, tmp_path / "empty", 0.25)
+    prune_pretrained(source, tmp_path / "there", 0.25, force=True)
+    assert sorted(os.listdir(tmp_path / "there")) == ["config.json", "model.safetensors"]
+
+
+@slow
+def test_a_model_in_several_files_and_one_in_bin_files(tmp_path):
+    model = small_model("llama")
+    model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    assert "model.safetensors.index.json" in os.listdir(tmp_path / "in")
+    prune_pretrained(tmp_path / "in", tmp_path / "out", 0.25)
+    assert "model.safetensors.index.json" not in os.listdir(tmp_path / "out")
+    whole = tmp_path / "bin"
+    shutil.copytree(tmp_path / "in", whole, ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(model.state_dict(), whole / "pytorch_model.bin")
+    prune_pretrained(whole, tmp_path / "other", 0.25)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_without_transformers_a_call_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text("{}")
+    with pytest.raises(ImportError, match=r'"transformers" brings: pip install "lnprune\[transformers\]"$'):
+        prune_pretrained(tmp_path / "in", tmp_path / "out", 0.25)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("amount", ["0.5", None, True, [0.5]])
+def test_amounts_that_are_no_numbers_are_refused(tmp_path, amount):
+    with pytest.raises(TypeError, match=r"^amount: expected a count \(int\) or a share \(float\), got"):
+        prune_pretrained(tmp_path, tmp_path / "out", amount)
+
+
+@slow
+def test_something_of_every_layer_stays(tmp_path):
+    source = saved(tmp_path / "in", "qwen3")
+    pruned = prune_pretrained(source, tmp_path / "out", 1.0, heads=4, multiple_of=16)
+    assert pruned.numbers == {
+        "intermediate_size": (48, 16),
+        "num_attention_heads": (4, 2),
+        "num_key_value_heads": (2, 1),
+    }
+    assert pruned.difference <= 1e-12
