@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lnprune.checkpoints.failures import RefusedTarget, UnusableCheckpoint
+from lnprune.commands.main import main
 from lnprune.integrations.transformers import prune_pretrained
 from lnprune.pretrained import proof, pruning
 from lnprune.pretrained.model_types import MODEL_TYPES
@@ -571,3 +572,89 @@ def test_something_of_every_layer_stays(tmp_path):
         "num_key_value_heads": (2, 1),
     }
     assert pruned.difference <= 1e-12
+
+
+def command(capsys, *words):
+    """What the command line prints, and how it ends."""
+    capsys.readouterr()
+    code = main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+@slow
+def test_the_command_writes_the_same_folder(tmp_path, capsys):
+    source = saved(tmp_path / "in", "llama")
+    words = "compact", source, "--amount", "0.25", "--heads", 2
+    code, out, err = command(capsys, *words, "-o", tmp_path / "out")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[:3] == [
+        "intermediate_size: 48 -> 36",
+        "num_attention_heads: 4 -> 2",
+        "num_key_value_heads: 2 -> 1",
+    ]
+    assert lines[3] == "parameters: 19,616 -> 14,240"
+    assert lines[-1] == str(tmp_path / "out")
+    prune_pretrained(source, tmp_path / "other", 0.25, heads=2)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    code, out, _ = command(
+        capsys, *words, "-o", tmp_path / "out", "--force", "--json", "--no-verify", "-n", 1
+    )
+    said = json.loads(out)
+    assert said["config"]["num_attention_heads"] == {"before": 4, "after": 2}
+    assert said["difference"] is None
+    assert said["bytes"]["after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    code, out, _ = command(capsys, *words, "-o", tmp_path / "out", "--force", "-q")
+    assert out == f"{tmp_path / 'out'}\n"
+
+
+@slow
+def test_the_command_takes_files_of_scores_and_scales(tmp_path, capsys):
+    source = saved(tmp_path / "in", "bert")
+    name = "encoder.layer.1.intermediate.dense.weight"
+    save_file({name: torch.arange(48.0)}, tmp_path / "scale.safetensors")
+    scores = {key: tensor.abs() for key, tensor in loaded(source).named_parameters() if tensor.dim() > 1}
+    save_file(scores, tmp_path / "scores.safetensors")
+    code, _, err = command(
+        capsys,
+        *(
+            "compact",
+            source,
+            "-o",
+            tmp_path / "out",
+            "--amount",
+            8,
+            "--scale",
+            tmp_path / "scale.safetensors",
+        ),
+        *("--importance-scores", tmp_path / "scores.safetensors"),
+    )
+    assert (code, err) == (0, "")
+    prune_pretrained(source, tmp_path / "other", 8, scale={name: torch.arange(48.0)})
+    ours, theirs = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "other"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@slow
+def test_what_the_command_refuses_has_a_code_and_a_line(tmp_path, capsys):
+    source = saved(tmp_path / "in", "bert")
+    (tmp_path / "nothing").mkdir()
+    for code, words in (
+        (2, ("compact", source, "-o", tmp_path / "out")),
+        (2, ("compact", source, "-o", tmp_path / "out", "--heads", 1)),
+        (3, ("compact", tmp_path / "nothing", "-o", tmp_path / "out", "--amount", "0.5")),
+        (3, ("compact", tmp_path / "no", "-o", tmp_path / "out", "--amount", "0.5")),
+        (4, ("compact", source, "-o", source, "--amount", "0.5")),
+    ):
+        found, out, err = command(capsys, *words)
+        assert (found, out, len(err.splitlines())) == (code, "", 1), err
+        assert err.startswith("lnprune: ")
+    assert sorted(os.listdir(tmp_path)) == ["in", "nothing"]
+
+
+def test_the_command_without_transformers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, out, err = command(capsys, "compact", tmp_path, "-o", tmp_path / "out", "--amount", "0.5")
+    assert (code, out) == (1, "")
+    assert err.endswith('pip install "lnprune[transformers]"\n')

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lnprune.checkpoints.failures import RefusedTarget, UnusableCheckpoint
-from lnprune.commands import info, options, reading, writing
+from lnprune.commands import compacting, info, options, reading, writing
 from lnprune.commands.output import warn
 
 DONE, FAILED, USAGE, UNUSABLE, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": reading.plan,
     "prune": writing.prune,
     "verify": writing.verify,
+    "compact": compacting.compact,
 }
 
 

@@ -10,7 +10,8 @@ from lnprune.plans.selection import LEAST, WORDS
 
 DESCRIPTION = """Prunes the channels of checkpoints on disk, without the code of their models and without
 holding them in memory. A checkpoint (CKPT) is a file (.safetensors, or a state dict: .pt, .pth, .bin),
-an index of several files (*.index.json), or a folder with one or the other."""
+an index of several files (*.index.json), or a folder with one or the other. Only compact runs a model:
+that of a folder of transformers."""
 EXIT_CODES = """exit codes: 0 done; 1 failed; 2 usage; 3 a checkpoint or plan that cannot be used; 4 a
 target that is not written to; 130 and 143 interrupted. With LNPRUNE_DEBUG=1 errors show their origin."""
 
@@ -103,6 +104,37 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("checkpoint", metavar="CKPT")
     found.add_argument("--plan", metavar="FILE", required=True, help="the plan")
     found.add_argument("--bias", action="store_true", help="also the biases of output channels that go")
+
+    found = _command(
+        commands,
+        "compact",
+        "write a smaller model from a folder of transformers, without the channels, heads and experts that go",
+    )
+    found.add_argument("folder", metavar="FOLDER", help="what from_pretrained loads")
+    found.add_argument("-o", "--output", required=True, metavar="OUT", help="a new folder, for the same")
+    group = found.add_argument_group("how much of every layer, as a share (0.3) or a count (3)")
+    for name, what in (
+        ("amount", "intermediate channels of MLPs and experts"),
+        ("heads", "attention heads, with the keys and values that they share"),
+        ("experts", "whole experts"),
+    ):
+        default = 0 if name == "amount" else None
+        group.add_argument(f"--{name}", type=amount, metavar="A", default=default, help=what)
+    group.add_argument(
+        "--multiple-of", type=int, default=1, metavar="N", help="keep a multiple of N channels"
+    )
+    _add_order(found)
+    found.add_argument(
+        "--importance-scores",
+        metavar="FILE",
+        help="a safetensors file with tensors to measure in place of weights, by their names",
+    )
+    found.add_argument("--force", action="store_true", help="replace OUT where it is there")
+    found.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="leave out the comparison, which needs two copies in float64",
+    )
     return top
 
 
