@@ -14,13 +14,14 @@ from torch import nn
 from lnprune.checkpoints.failures import RefusedTarget, UnusableCheckpoint
 from lnprune.commands.main import main
 from lnprune.integrations.transformers import prune_pretrained
-from lnprune.pretrained import proof, pruning
+from lnprune.pretrained import choosing, proof, pruning
 from lnprune.pretrained.model_types import MODEL_TYPES
 from lnprune.pretrained.slices import without_slices
 from tests.pretrained_models import MODELS, library, small_model
 
 slow = pytest.mark.slow
 OF_HEADS = [name for name, known in MODEL_TYPES.items() if known.heads and known.heads.size]
+OF_CODE = [name for name, known in MODEL_TYPES.items() if known.heads and not known.heads.size]
 OF_EXPERTS = [name for name, known in MODEL_TYPES.items() if known.experts]
 IDS = {"input_ids": torch.arange(3, 27).view(2, 12)}
 
@@ -228,6 +229,55 @@ def test_of_every_layer_the_experts_with_the_largest_norms_stay_and_of_each_its_
                 other.mlp.experts.gate_up_proj[index], both[torch.cat([channels, channels + 48])]
             )
             assert torch.equal(other.mlp.experts.down_proj[index], down[:, channels])
+
+
+@slow
+@pytest.mark.parametrize("model_type", OF_CODE)
+def test_heads_that_no_config_tells_of_go_with_code(tmp_path, model_type, monkeypatch):
+    source, target = saved(tmp_path / "in", model_type), str(tmp_path / "out")
+    pruned = prune_pretrained(source, target, 0.25, heads=1, custom_code=True)
+    assert pruned.difference <= 1e-12
+    known = MODEL_TYPES[model_type]
+    assert pruned.numbers[known.heads.keys[0]] == (4, 3)
+    (kind,) = config_of(target)["auto_map"]
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    small, found = getattr(library(), kind).from_pretrained(
+        target, trust_remote_code=True, dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(found.values())
+    assert isinstance(small, getattr(library(), MODELS[model_type][0]))
+    model = loaded(source)
+    zeroed_like(model, small)
+    assert_equal(output(small.eval(), IDS), output(model, IDS))
+    assert sum(each.numel() for each in small.parameters()) == pruned.parameters[1]
+    # Without the code it does not load by mistake.
+    with pytest.raises(RuntimeError):
+        getattr(library(), MODELS[model_type][0]).from_pretrained(target)
+    # What was loaded is saved, and loaded again.
+    small.save_pretrained(tmp_path / "again")
+    again = getattr(library(), kind).from_pretrained(
+        tmp_path / "again", trust_remote_code=True, dtype=torch.float64
+    )
+    assert torch.equal(output(again.eval(), IDS), output(small, IDS))
+
+
+@slow
+def test_code_that_gives_other_sizes_is_found_and_nothing_is_left(tmp_path, monkeypatch):
+    source = saved(tmp_path / "in", "gpt2")
+    real = choosing.sizes_without
+
+    def wrong(*args):
+        """The code would split queries, keys and values elsewhere."""
+        sizes = real(*args)
+        sizes["attributes"] = {
+            key: value for key, value in sizes["attributes"].items() if "split" not in key
+        }
+        return sizes
+
+    monkeypatch.setattr(choosing, "sizes_without", wrong)
+    with pytest.raises(RuntimeError):
+        prune_pretrained(source, tmp_path / "out", 0.25, heads=1, custom_code=True)
+    assert os.listdir(tmp_path) == ["in"]
 
 
 @slow
@@ -463,7 +513,12 @@ def test_weights_that_are_missing_packed_or_too_many_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "options", "words"),
     [
-        ("bert", {"heads": 1}, "BertModel divides hidden_size by the number of heads"),
+        (
+            "bert",
+            {"heads": 1},
+            "BertModel divides hidden_size by the number of heads .* with custom_code=True",
+        ),
+        ("olmo2", {"heads": 1, "custom_code": True}, "cannot take heads out of Olmo2ForCausalLM"),
         ("olmo2", {"heads": 1}, "cannot take heads out of Olmo2ForCausalLM"),
         ("llama", {"heads": 1}, "expected a multiple of 2, as so many share keys and values, got 1"),
         ("llama", {"experts": 1}, "LlamaForCausalLM has none"),

@@ -27,6 +27,7 @@ def compact(given: argparse.Namespace) -> int:
         importance_scores=scores,
         scale=scale,
         element_scale=elements,
+        custom_code=given.custom_code,
         force=given.force,
         verify=not given.no_verify,
     )

@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     found = _command(
         commands,
         "compact",
-        "write a smaller model from a folder of transformers, without the channels, heads and experts that go",
+        "write a smaller folder of transformers, without the channels, heads and experts that go",
     )
     found.add_argument("folder", metavar="FOLDER", help="what from_pretrained loads")
     found.add_argument("-o", "--output", required=True, metavar="OUT", help="a new folder, for the same")
@@ -129,11 +129,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a safetensors file with tensors to measure in place of weights, by their names",
     )
+    found.add_argument(
+        "--custom-code",
+        action="store_true",
+        help="where no config says that heads are gone, write code that from_pretrained trusts if told to",
+    )
     found.add_argument("--force", action="store_true", help="replace OUT where it is there")
     found.add_argument(
         "--no-verify",
         action="store_true",
-        help="leave out the comparison, which needs two copies in float64",
+        help="leave out the comparison with two copies in float64",
     )
     return top
 

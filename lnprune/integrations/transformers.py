@@ -31,6 +31,7 @@ def prune_pretrained(
     importance_scores: Mapping[str, Tensor] | None = None,
     scale: Mapping[str, Tensor] | None = None,
     element_scale: Mapping[str, Tensor] | None = None,
+    custom_code: bool = False,
     force: bool = False,
     verify: bool = True,
 ) -> Pruned:
@@ -68,6 +69,9 @@ def prune_pretrained(
             the module that holds them, as for :func:`rank`.
         element_scale: what the elements of weights are multiplied by, as for :meth:`Coupling.rank` and, of
             the channels of experts, :func:`rank`. Whole experts are measured without.
+        custom_code: where code divides the hidden size by the number of heads, as BERT and GPT-2 do, no
+            config says that heads are gone. With this, they go all the same, and a short file of code is
+            written beside the weights, which ``from_pretrained`` runs with ``trust_remote_code=True``.
         force: whether a folder that is there is replaced.
         verify: whether the result is compared, which needs the memory of two copies in float64. Sizes are
             looked at in any case.
@@ -90,7 +94,7 @@ def prune_pretrained(
         print(pruned.numbers["intermediate_size"])  # (48, 36)
         model = transformers.AutoModelForCausalLM.from_pretrained("llama-small")
     """
-    check_flags(force=force, verify=verify)
+    check_flags(custom_code=custom_code, force=force, verify=verify)
     measures = Measures(n, importance_scores or {}, scale or {}, element_scale or {})
     return prune_folder(
         os.fspath(folder_in),
@@ -100,6 +104,7 @@ def prune_pretrained(
         None if experts is None else amount_of(experts, "experts"),
         multiple_of,
         measures,
+        custom_code,
         force,
         verify,
     )

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lnprune.errors import shown
 from lnprune.plans.ranking import Ranking
+from lnprune.pretrained.custom_code import sizes_without
 from lnprune.pretrained.inputs import example_inputs
 from lnprune.pretrained.model_types import Heads, ModelType, Part
 from lnprune.pretrained.slices import Going
 from lnprune.removal.coupling import Coupling, couple
-from lnprune.removal.cutting import cuts_of
+from lnprune.removal.cutting import Cut, cuts_of, settings_for
 from lnprune.removal.groups import Group
 from lnprune.steps.flags import Amount
 from lnprune.steps.norms import Order
@@ -65,6 +66,7 @@ def choose_coupled(
     heads: Amount | None,
     multiple_of: int,
     measures: Measures,
+    custom_code: bool = False,
 ) -> list[Going]:
     """The intermediate channels and the heads that go.
 
@@ -75,6 +77,7 @@ def choose_coupled(
         heads: how many attention heads of each layer; None: none.
         multiple_of: what the channels that stay are a multiple of.
         measures: what channels are measured by.
+        custom_code: whether heads may go where no config says so.
 
     Raises:
         ValueError: the numbers do not fit; channels of the model cannot go.
@@ -82,12 +85,13 @@ def choose_coupled(
     names = [name for name, _ in model.named_parameters()]
     parts: list[Part | Heads] = [*(model_type.widths if amount else ())]
     if heads is not None:
-        parts.append(_heads(model, model_type))
+        parts.append(_heads(model, model_type, custom_code))
     makers = {part: [name for name in names if fnmatchcase(name, part.weights)] for part in parts}
     wanted = [name for part in parts for name in makers[part]]
     if not wanted:
         return []
-    coupling = couple(model, dict(example_inputs(model)), include=wanted, check=False)
+    inputs: Any = example_inputs(model)
+    coupling = couple(model, inputs, include=wanted, check=False)
     found = []
     for part in parts:
         mine = [group for group in coupling.groups if set(group.makers) & set(makers[part])]
@@ -108,23 +112,38 @@ def choose_coupled(
             if cut.slices.numel()  # of what is shared by layers, once
         ]
         _check_is_not_tied(model, {cut.name for cut in cuts})
-        found.append(
-            Going("attention heads" if isinstance(part, Heads) else part.what, cuts, [], [], numbers)
-        )
+        sizes = None
+        if isinstance(part, Heads) and part.size is None:
+            sizes = _sizes(model, inputs, makers[part], cuts, chosen)
+        what = "attention heads" if isinstance(part, Heads) else part.what
+        found.append(Going(what, cuts, [], [], numbers, sizes))
     return found
 
 
-def _heads(model: Any, model_type: ModelType) -> Heads:
+def _sizes(
+    model: Any, inputs: Any, makers: Sequence[str], cuts: Sequence[Cut], chosen: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What no config says of heads that go: which attributes hold their number is found by trying."""
+    coupling = couple(model, inputs, include=makers)
+    names = [group.name for group in coupling.groups]
+    if set(names) != set(chosen):
+        raise ValueError(f"heads: the sizes of {sorted(set(chosen) - set(names))[0]} are not found")
+    gone = [int((~chosen[name]).sum()) for name in names]
+    return sizes_without(model, cuts, settings_for(model, coupling.groups, gone))
+
+
+def _heads(model: Any, model_type: ModelType, custom_code: bool) -> Heads:
     name = type(model).__name__
     if model_type.heads is None:
         raise ValueError(
             f"heads: lnprune cannot take heads out of {name}: what they read crosses all of them"
         )
-    if model_type.heads.size is None:
+    if model_type.heads.size is None and not custom_code:
         raise ValueError(
             f"heads: {name} divides hidden_size by the number of heads to know how large a head is, so no "
-            "config says that heads are gone: couple(model, example_inputs), Plan.compact() and "
-            "load_compact() take them out without a config"
+            "config says that heads are gone: with custom_code=True a file of code says it, which "
+            "from_pretrained loads with trust_remote_code=True; couple(model, example_inputs), "
+            "Plan.compact() and load_compact() need no config"
         )
     return model_type.heads
 
@@ -161,9 +180,9 @@ def _of_heads(
         heads //= each
     keep = selected(ranking, heads)
     kept = kept_of_each(keep)
-    assert part.size is not None
-    size = getattr(config, part.size, None) or config.hidden_size // count
-    numbers = {part.size: size, first: kept * each}
+    numbers = {first: kept * each}
+    if part.size is not None:
+        numbers[part.size] = getattr(config, part.size, None) or config.hidden_size // count
     for key in others:
         if getattr(config, key, None) is not None:
             numbers[key] = getattr(config, key) * kept // units

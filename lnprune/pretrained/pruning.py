@@ -15,7 +15,9 @@ from lnprune.checkpoints.folders import replacing_folder
 from lnprune.checkpoints.targets import check_space, check_target
 from lnprune.pretrained import proof
 from lnprune.pretrained.choosing import Measures, choose_coupled
+from lnprune.pretrained.custom_code import read, write
 from lnprune.pretrained.experts import choose_experts
+from lnprune.pretrained.fewer_heads import resize_
 from lnprune.pretrained.folder import Folder, changed, load
 from lnprune.pretrained.inputs import example_inputs
 from lnprune.pretrained.library import quiet
@@ -30,7 +32,7 @@ class Pruned:
 
     Attributes:
         path: the folder that was written.
-        numbers: of the config, what changed: by the key, the number before and after.
+        numbers: what changed, by what the config calls it: the number before and after.
         parameters: how many the model had, and has.
         size: how many bytes the weights took, and take.
         difference: of outputs in float64, from those of the model with zeros in place of what went: the
@@ -52,6 +54,7 @@ def prune_folder(
     experts: Amount | None,
     multiple_of: int,
     measures: Measures,
+    custom_code: bool,
     force: bool,
     verify: bool,
 ) -> Pruned:
@@ -60,17 +63,22 @@ def prune_folder(
     check_target(folder.checkpoint, target, force)
     check_space(target, folder.checkpoint.size)
     model: Any = folder.load()
-    parts = _parts(model, folder, amount, heads, experts, multiple_of, measures)
-    numbers = {key: number for part in parts for key, number in part.config.items()}
-    config = changed(folder.config, numbers)
+    parts = choose_coupled(model, folder.model_type, amount, heads, multiple_of, measures, custom_code)
+    parts += _of_experts(model, folder, amount, experts, multiple_of, measures)
+    measures.check_used({name for name, _ in model.named_parameters()})
+    if not parts:
+        raise ValueError("amount: expected channels, heads or experts that go, got none")
+    config = changed(folder.config, {key: new for part in parts for key, new in part.config.items()})
     before = sum(parameter.numel() for parameter in model.parameters())
-    small = _small(model, config, _state(model, parts))
+    small = _small(model, config, parts)
     after = sum(parameter.numel() for parameter in small.parameters())
     share = None
     with replacing_folder(target) as temporary:
         folder.copy_others(temporary)
         with quiet():
             small.save_pretrained(temporary)
+        for sizes in filter(None, (part.sizes for part in parts)):
+            write(temporary, type(model), sizes)
         size = _flushed(temporary)
         del model, small
         if verify:
@@ -79,7 +87,8 @@ def prune_folder(
         target,
         {
             key: (old, new)
-            for key, new in numbers.items()
+            for part in parts
+            for key, new in part.numbers.items()
             if (old := getattr(folder.config, key, None)) != new
         },
         (before, after),
@@ -88,26 +97,16 @@ def prune_folder(
     )
 
 
-def _parts(
-    model: Any,
-    folder: Folder,
-    amount: Amount,
-    heads: Amount | None,
-    experts: Amount | None,
-    multiple_of: int,
-    measures: Measures,
+def _of_experts(
+    model: Any, folder: Folder, amount: Amount, experts: Amount | None, multiple_of: int, measures: Measures
 ) -> list[Going]:
-    """What goes of a model."""
-    parts = choose_coupled(model, folder.model_type, amount, heads, multiple_of, measures)
+    """What goes of the experts of a model."""
     known = folder.model_type.experts
     if known is not None:
-        parts += choose_experts(model, known, amount, experts, multiple_of, measures)
-    elif experts is not None:
+        return choose_experts(model, known, amount, experts, multiple_of, measures)
+    if experts is not None:
         raise ValueError(f"experts: {type(model).__name__} has none")
-    measures.check_used({name for name, _ in model.named_parameters()})
-    if not parts:
-        raise ValueError("amount: expected channels, heads or experts that go, got none")
-    return parts
+    return []
 
 
 def _state(model: nn.Module, parts: Sequence[Going]) -> dict[str, Tensor]:
@@ -117,11 +116,13 @@ def _state(model: nn.Module, parts: Sequence[Going]) -> dict[str, Tensor]:
     return {name: made[name] for name in held}
 
 
-def _small(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
-    """A model of another config with these tensors, to be saved."""
+def _small(model: Any, config: Any, parts: Sequence[Going]) -> Any:
+    """A model without what goes, to be saved."""
     with torch.device("meta"), quiet():
         small = type(model)(copy.deepcopy(config))
-    small.load_state_dict(state, assign=True)
+    for sizes in filter(None, (part.sizes for part in parts)):
+        resize_(small, sizes)
+    small.load_state_dict(_state(model, parts), assign=True)
     small.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         small.generation_config = model.generation_config
@@ -129,8 +130,9 @@ def _small(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
 
 
 def _flushed(path: str) -> int:
-    """Waits until files are on the disk; the bytes of those with weights."""
+    """Waits until files are on the disk, all of one mode; the bytes of those with weights."""
     size = 0
+    mode = os.stat(os.path.join(path, "config.json")).st_mode & 0o7777
     for folder, _, files in os.walk(path):
         for name in files:
             file = os.path.join(folder, name)
@@ -138,6 +140,7 @@ def _flushed(path: str) -> int:
                 os.fsync(opened.fileno())
             if name.endswith(".safetensors"):
                 size += os.path.getsize(file)
+                os.chmod(file, mode)
     return size
 
 
@@ -148,7 +151,9 @@ def _difference(folder: Folder, written: str, parts: Sequence[Going]) -> float:
         RuntimeError: too far.
     """
     model: Any = folder.load(torch.float64)
-    small: Any = load(type(model), written, None, torch.float64, folder.model_type)
+    is_ours = any(part.sizes for part in parts)
+    model_class = read(written, type(model)) if is_ours else type(model)
+    small: Any = load(model_class, written, None, torch.float64, folder.model_type)
     inputs = example_inputs(model)
     got = proof.outputs_of(small, inputs)
     share = proof.difference(got, proof.reference(model, parts, inputs))
@@ -171,7 +176,10 @@ def _culprits(
     found = []
     for part in parts:
         with quiet():
-            small = type(model)(folder.plain_config(part.config)).to(torch.float64)
+            small = type(model)(folder.plain_config(part.config))
+        if part.sizes is not None:
+            resize_(small, part.sizes)
+        small = small.to(torch.float64)
         if not _of_random(model, small, [part], inputs) <= proof.TOLERANCE:
             found.append(part)
     return found or parts

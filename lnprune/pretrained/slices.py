@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,21 +34,29 @@ class Router(NamedTuple):
 
 
 class Going(NamedTuple):
-    """What goes of one part of a model, and what the config says afterwards.
+    """What goes of one part of a model, and what changes with it.
 
     Attributes:
         what: the part, in words.
         cuts: slices of whole tensors.
         expert_cuts: slices of single experts.
         routers: those that lose experts.
-        config: the numbers that change.
+        numbers: those that change, by what the config calls them.
+        sizes: what changes that no config can say, as :mod:`lnprune.pretrained.custom_code` finds it; None:
+            nothing.
     """
 
     what: str
     cuts: list[Cut]
     expert_cuts: list[ExpertCut]
     routers: list[Router]
-    config: dict[str, int]
+    numbers: dict[str, int]
+    sizes: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> dict[str, int]:
+        """The numbers that the config says: none of what it cannot say."""
+        return self.numbers if self.sizes is None else {}
 
 
 def without_slices(tensors: Mapping[str, Tensor], parts: Sequence[Going]) -> dict[str, Tensor]:
