@@ -47,12 +47,13 @@ emulated-tests: $(VENV)/installed
 slow-emulated-tests: $(VENV)/installed
 	$(EMULATED) -m slow
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed $(VENV)/models
 	$(BIN)/python examples/sentence_encoder.py
 	$(BIN)/python examples/whole_model.py
 	$(BIN)/python examples/compact.py
 	$(BIN)/python examples/activations.py
 	$(BIN)/python examples/checkpoint.py
+	$(BIN)/python examples/transformers_folder.py
 	$(BIN)/torchrun --nproc-per-node 4 examples/sharded.py
 
 lint: $(VENV)/tools

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -18,6 +19,7 @@ from lnprune.pretrained import choosing, proof, pruning
 from lnprune.pretrained.model_types import MODEL_TYPES
 from lnprune.pretrained.slices import without_slices
 from tests.pretrained_models import MODELS, library, small_model
+from tests.test_readme import ROOT, code_of
 
 slow = pytest.mark.slow
 OF_HEADS = [name for name, known in MODEL_TYPES.items() if known.heads and known.heads.size]
@@ -713,3 +715,53 @@ def test_the_command_without_transformers(tmp_path, capsys, monkeypatch):
     code, out, err = command(capsys, "compact", tmp_path, "-o", tmp_path / "out", "--amount", "0.5")
     assert (code, out) == (1, "")
     assert err.endswith('pip install "lnprune[transformers]"\n')
+
+
+@slow
+def test_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    library()
+    names = {}
+    blocks = code_of(ROOT / "docs" / "transformers.md")
+    for block in blocks:
+        exec(block, names)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said == re.findall(r"^print.+  # (.+)$", "".join(blocks), re.MULTILINE)
+    recipe = [line for line in blocks[1].splitlines() if line]
+    assert len(recipe) <= 30
+    before = dict(loaded("large").named_parameters())
+    taken = dict(names["model"].named_parameters())
+    for folder, channel_norms in (
+        (
+            "by-loss",
+            lambda gate, up, down: sum(
+                (taken[n] * taken[n].grad).abs().sum(d) for n, d in ((gate, 1), (up, 1), (down, 0))
+            ),
+        ),
+        (
+            "by-activations",
+            lambda gate, up, down: (
+                norms_of(taken[gate], taken[up], taken[down].T) * names["squares"][gate].sqrt()
+            ),
+        ),
+    ):
+        small = dict(loaded(folder).named_parameters())
+        for layer in range(2):
+            mlp = [f"model.layers.{layer}.mlp.{each}_proj.weight" for each in ("gate", "up", "down")]
+            keep = largest(channel_norms(*mlp), 72)
+            assert torch.equal(small[mlp[0]], before[mlp[0]][keep]), folder
+
+
+def test_the_page_lists_the_model_types():
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    rows = re.findall(
+        r"^\| ((?:[\w-]+, )*[\w-]+) \| yes \| (yes|with code|no|) ?(?:\[\d\] )?\| (yes)? ?\|$",
+        page,
+        re.MULTILINE,
+    )
+    found = {name: (heads, experts) for names, heads, experts in rows for name in names.split(", ")}
+    want = {}
+    for name, known in MODEL_TYPES.items():
+        heads = "no" if known.heads is None else ("yes" if known.heads.size else "with code")
+        want[name] = heads, "yes" if known.experts else ""
+    assert found == want

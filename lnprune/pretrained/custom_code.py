@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lnprune.atomic_file import replacing
 from lnprune.pretrained import fewer_heads
 from lnprune.removal.cutting import Cut, Setting, without
 
@@ -51,17 +52,16 @@ def write(folder: str, model_class: type, sizes: dict[str, Any]) -> None:
     with open(fewer_heads.__file__) as file:
         code = file.read()
     code = code.replace("import torch\n", "import torch\nimport transformers\n", 1)
-    with open(os.path.join(folder, f"{FILE}.py"), "w") as file:
-        file.write(code + _CLASS.format(name=name, base=base))
+    with replacing(os.path.join(folder, f"{FILE}.py")) as made:
+        made.write((code + _CLASS.format(name=name, base=base)).encode())
     path = os.path.join(folder, "config.json")
     with open(path) as file:
         config = json.load(file)
     config["architectures"] = [name]
     config["auto_map"] = {_auto_class(base): f"{FILE}.{name}"}
     config["lnprune_sizes"] = sizes
-    with open(path, "w") as file:
-        json.dump(config, file, indent=2, sort_keys=True)
-        file.write("\n")
+    with replacing(path) as made:
+        made.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read(folder: str, model_class: type) -> Any:
