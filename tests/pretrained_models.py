@@ -133,10 +133,10 @@ MODELS = {
 }
 
 
-def small_model(model_type, dtype=torch.float32, **numbers):
-    """A model of a type; with random numbers in all that is zeros when it is made."""
+def small_model(model_type, dtype=torch.float32, kind=None, **numbers):
+    """A model of a type, of its class or another; with random numbers in all that is made of zeros."""
     name, config, known = MODELS[model_type]
-    made = getattr(library(), name)(getattr(library(), config)(**{**known, **numbers})).eval()
+    made = getattr(library(), kind or name)(getattr(library(), config)(**{**known, **numbers})).eval()
     with torch.no_grad():
         for key, tensor in [*made.named_parameters(), *made.named_buffers()]:
             if tensor.is_floating_point() and not tensor.any() and "norm" not in key.lower():

@@ -28,9 +28,9 @@ OF_EXPERTS = [name for name, known in MODEL_TYPES.items() if known.experts]
 IDS = {"input_ids": torch.arange(3, 27).view(2, 12)}
 
 
-def saved(path, model_type, dtype=torch.float32, **numbers):
+def saved(path, model_type, dtype=torch.float32, kind=None, **numbers):
     """A folder of a small model; and it."""
-    model = small_model(model_type, dtype, **numbers)
+    model = small_model(model_type, dtype, kind, **numbers)
     model.save_pretrained(path)
     return str(path)
 
@@ -231,6 +231,39 @@ def test_of_every_layer_the_experts_with_the_largest_norms_stay_and_of_each_its_
                 other.mlp.experts.gate_up_proj[index], both[torch.cat([channels, channels + 48])]
             )
             assert torch.equal(other.mlp.experts.down_proj[index], down[:, channels])
+
+
+VARIANTS = {
+    "gated T5": ("t5", {"feed_forward_proj": "gated-gelu"}, {"heads": 1}, None),
+    "tied embeddings": ("qwen3", {"tie_word_embeddings": True}, {"heads": 2}, None),
+    "as many keys as queries": ("mistral", {"num_key_value_heads": 4}, {"heads": 1}, None),
+    "one key for all": ("qwen2", {"num_key_value_heads": 1}, {}, None),
+    "a size of its own": ("gpt2", {"n_inner": 40}, {}, None),
+    "no experts shared": ("qwen2_moe", {"decoder_sparse_step": 2}, {"experts": 1}, None),
+    "routed by one group": ("nemotron_h", {"n_group": 1}, {"experts": 3}, None),
+    "the base model": ("llama", {}, {"heads": 2}, "LlamaModel"),
+    "a classifier": ("bert", {}, {"heads": 1, "custom_code": True}, "BertForSequenceClassification"),
+    "masked words": ("roberta", {}, {"heads": 1, "custom_code": True}, "RobertaForMaskedLM"),
+    "pictures in classes": ("vit", {}, {"heads": 1}, "ViTForImageClassification"),
+}
+
+
+@slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(tmp_path, variant, monkeypatch):
+    model_type, numbers, options, kind = VARIANTS[variant]
+    source, target = saved(tmp_path / "in", model_type, kind=kind, **numbers), str(tmp_path / "out")
+    assert prune_pretrained(source, target, 0.25, **options).difference <= 1e-12
+    name = kind or MODELS[model_type][0]
+    model_class = getattr(library(), name)
+    if "custom_code" in options:
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+        found = getattr(
+            library(), f"Auto{name.replace(name.partition('For')[0], 'Model')}"
+        ).from_pretrained(target, trust_remote_code=True)
+    else:
+        found = model_class.from_pretrained(target)
+    assert isinstance(found, model_class)
 
 
 @slow

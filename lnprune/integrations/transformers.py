@@ -65,8 +65,9 @@ def prune_pretrained(
         importance_scores: tensors to measure in place of some of the weights, each of its weight's shape,
             by the names that parameters have in the model that ``from_pretrained`` returns.
         scale: what the norms of channels are multiplied by: vectors of shape ``(channels,)``, by the name
-            of the weight that makes the channels, as :func:`couple` names groups; of experts by the name of
-            the module that holds them, as for :func:`rank`.
+            of the weight that makes the channels, as :func:`couple` names groups. Of the channels of
+            experts, ``(experts, channels)`` by the name of the module that holds them, as for :func:`rank`;
+            of whole experts, ``(experts,)`` by the name of their router.
         element_scale: what the elements of weights are multiplied by, as for :meth:`Coupling.rank` and, of
             the channels of experts, :func:`rank`. Whole experts are measured without.
         custom_code: where code divides the hidden size by the number of heads, as BERT and GPT-2 do, no

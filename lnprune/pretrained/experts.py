@@ -113,7 +113,8 @@ def _whole(
                     f"{name}: expected {known.number}={count} slices, got shape "
                     f"{tuple(tensors[name].shape)}"
                 )
-    ranking = _ranking(model, slices, count, groups, measures)
+    by_router = {routers[path]: names for path, names in slices.items()}
+    ranking = _ranking(model, by_router, count, groups, measures)
     keep = selected(ranking, experts)
     kept = kept_of_each(keep) * groups
     least = getattr(config, "num_experts_per_tok", 1)
@@ -121,7 +122,7 @@ def _whole(
         raise ValueError(f"experts: each token takes {least}: expected so many that stay, got {kept}")
     cuts, found = [], []
     for path, names in slices.items():
-        flags = torch.cat([keep[name] for name in _rows_of(path, groups)])
+        flags = torch.cat([keep[name] for name in _rows_of(routers[path], groups)])
         gone = (~flags).nonzero().flatten()
         cuts += [Cut(name, 0, gone) for name in names]
         beside = [name for name in names if name.rpartition(".")[0] == routers[path]]
@@ -130,7 +131,7 @@ def _whole(
 
 
 def _rows_of(path: str, groups: int) -> list[str]:
-    """The names of what is ranked of a layer."""
+    """The names of what is ranked of a layer: of its router, or of the groups that it chooses by."""
     return [path] if groups == 1 else [f"{path} group {group}" for group in range(groups)]
 
 
