@@ -396,7 +396,7 @@ def test_a_wrong_cut_is_found_and_named_and_nothing_is_left(tmp_path, monkeypatc
         """Takes other rows of one weight."""
         made = without_slices(tensors, parts)
         name = "model.layers.1.mlp.up_proj.weight"
-        if made[name].shape != tensors[name].shape:
+        if name in made and made[name].shape != tensors[name].shape:
             made[name] = tensors[name][: len(made[name])]
         return made
 

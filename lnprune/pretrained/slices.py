@@ -60,15 +60,18 @@ class Going(NamedTuple):
 
 
 def without_slices(tensors: Mapping[str, Tensor], parts: Sequence[Going]) -> dict[str, Tensor]:
-    """The tensors without what goes. What loses nothing is not copied."""
+    """The tensors without what goes of them. What loses nothing is not copied."""
     made = dict(tensors)
     for part in parts:
         for name, dim, gone in part.expert_cuts:
-            made[name] = _without_each(made[name], dim, gone)
+            if name in made:
+                made[name] = _without_each(made[name], dim, gone)
     # All slices of a tensor along a dim at once: the numbers of slices are those before any went.
     flags: dict[tuple[str, int], Tensor] = {}
     for part in parts:
         for name, dim, slices in part.cuts:
+            if name not in tensors:
+                continue
             keep = flags.setdefault((name, dim), torch.ones(tensors[name].shape[dim], dtype=torch.bool))
             keep[slices] = False
     for (name, dim), keep in flags.items():
