@@ -5,7 +5,9 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -363,6 +365,8 @@ def test_the_folder_keeps_its_dtype_its_other_files_and_its_tied_weights(tmp_pat
         "vocab.json",
     ]
     assert not os.path.islink(tmp_path / "out" / "vocab.json")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert len(modes) == 1
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     before = {**config_of(source), "n_inner": 64}
@@ -798,3 +802,61 @@ def test_the_page_lists_the_model_types():
         heads = "no" if known.heads is None else ("yes" if known.heads.size else "with code")
         want[name] = heads, "yes" if known.experts else ""
     assert found == want
+
+
+@slow
+def test_the_real_sentence_encoder_from_folder_to_folder(tmp_path):
+    """The example, as a process of its own: two commands, three models, a row of a table for each."""
+    words = [
+        sys.executable,
+        "examples/transformers_folder.py",
+        "--rounds",
+        "1",
+        "--folder",
+        tmp_path / "made",
+    ]
+    done = subprocess.run(words, check=True, cwd=ROOT, capture_output=True, text=True)
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [row[1] for row in rows] == ["22,713,216", "20,941,440", "20,350,464"]
+    cosines = [float(row[3].split(",")[0]) for row in rows]
+    assert 1 == cosines[0] > cosines[1] > cosines[2] > 0.7
+    assert done.stdout.count("num_attention_heads: 12 -> 10") == 1
+    differences = re.findall(r"the largest difference is (\S+) of", done.stdout)
+    assert len(differences) == 2
+    assert all(float(each) <= 1e-12 for each in differences)
+
+
+@slow
+def test_a_process_that_is_killed_leaves_the_target_as_it_was_or_complete(tmp_path):
+    """Killed from the moment on that the new folder begins to be there, later each time."""
+    source, target = saved(tmp_path / "in", "llama"), tmp_path / "out"
+    prune_pretrained(source, target, 4)
+    old = load_file(target / "model.safetensors")
+    prune_pretrained(source, tmp_path / "new", 8, heads=2)
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    code = (
+        "from tests.pretrained_models import library; library(); from lnprune.commands.main import main; "
+        f"main(['compact', {source!r}, '-o', {str(target)!r}, '--amount', '8', '--heads', '2', '--force'])"
+    )
+    ends = []
+    for delay in (0, 0.002, 0.01, 0.05, 0.1, 0.2):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not any(
+            name.startswith(".lnprune-") for name in os.listdir(tmp_path)
+        ):
+            time.sleep(0.0005)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        for name in os.listdir(tmp_path):
+            if name.startswith(".lnprune-"):
+                shutil.rmtree(tmp_path / name)
+        assert sorted(os.listdir(target)) == ["config.json", "generation_config.json", "model.safetensors"]
+        found = load_file(target / "model.safetensors")
+        size = 44 if found["model.layers.0.mlp.up_proj.weight"].shape[0] == 44 else 40
+        assert config_of(target)["intermediate_size"] == size
+        assert all(
+            torch.equal(found[name], tensor) for name, tensor in (old if size == 44 else new).items()
+        )
+        ends.append(process.returncode)
+    assert ends[0] == -9, "the first was killed before it was done"
