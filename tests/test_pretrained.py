@@ -568,11 +568,16 @@ def test_weights_that_are_missing_packed_or_too_many_are_refused(tmp_path):
         ("llama", {"multiple_of": 0}, "multiple_of: expected 1 or more, got 0"),
         ("mixtral", {"experts": 3}, "each token takes 2: expected so many that stay, got 1"),
         ("nemotron_h", {"experts": 1}, "expected a multiple of 2, the groups of the router, got 1"),
+        (
+            "nemotron_h",
+            {"heads": 2, "layers_block_type": ["moe", "mlp"]},
+            "has no layers of attention heads",
+        ),
         ("qwen3_moe", {"experts": 1, "mlp_only_layers": [0, 1]}, "has no layers of experts"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(tmp_path, model_type, options, words):
-    numbers = {key: options.pop(key) for key in ("mlp_only_layers",) if key in options}
+    numbers = {key: options.pop(key) for key in ("mlp_only_layers", "layers_block_type") if key in options}
     source = saved(tmp_path / "in", model_type, **numbers)
     with pytest.raises(ValueError, match=words):
         prune_pretrained(source, tmp_path / "out", **{"amount": 0.25, **options})

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import lnprune
+from lnprune.integrations.transformers import prune_pretrained
 
 Pairs = list[tuple[nn.Module, str]]
 
@@ -45,3 +46,9 @@ def whole_models(model: nn.Sequential, pairs: Pairs) -> tuple[nn.Sequential, Pai
         lnprune.global_structured(model, 0.5, 2, "out", permanent=True),
         lnprune.local_structured(pairs, 1, 2, 0),
     )
+
+
+def folders() -> tuple[int, int]:
+    pruned = prune_pretrained("large", "small", 0.25, heads=2, scale={"a": torch.ones(3)})
+    prune_pretrained("large", "small", "half")  # type: ignore[arg-type]
+    return pruned.parameters

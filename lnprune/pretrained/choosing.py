@@ -88,13 +88,13 @@ def choose_coupled(
         parts.append(_heads(model, model_type, custom_code))
     makers = {part: [name for name in names if fnmatchcase(name, part.weights)] for part in parts}
     wanted = [name for part in parts for name in makers[part]]
-    if not wanted:
-        return []
     inputs: Any = example_inputs(model)
-    coupling = couple(model, inputs, include=wanted, check=False)
+    coupling = couple(model, inputs, include=wanted, check=False) if wanted else Coupling(model, [], [])
     found = []
     for part in parts:
         mine = [group for group in coupling.groups if set(group.makers) & set(makers[part])]
+        if not mine and isinstance(part, Heads):
+            raise ValueError(f"heads: {type(model).__name__} has no layers of attention heads")
         if not mine:
             continue
         members = sorted({member.name for group in mine for member in group.members})
