@@ -487,6 +487,11 @@ REFUSED = {
         UnusableCheckpoint,
         r"is not known of the model type 'xlm', only of bert, .*Plan\.compact\(\) and load_compact\(\)",
     ),
+    "code of its own": (
+        lambda folder: edited(folder, model_type="no_such", auto_map={"AutoConfig": "code.Config"}),
+        UnusableCheckpoint,
+        "transformers does not read its config.json: .*contains custom code",
+    ),
     "no architecture": (
         lambda folder: edited(folder, architectures=...),
         UnusableCheckpoint,

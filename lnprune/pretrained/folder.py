@@ -148,7 +148,9 @@ def _config(path: str) -> Any:
         )
     try:
         with quiet():
-            config = library().AutoConfig.from_pretrained(path, local_files_only=True)
+            config = library().AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # whatever transformers raises for it
         why = " ".join(str(error).split())[:200]
         raise UnusableCheckpoint(f"{path}: transformers does not read its config.json: {why}") from error
