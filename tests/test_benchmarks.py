@@ -741,6 +741,7 @@ def test_ranks_time_what_they_exchange():
     assert all(second > 0 for seconds in found.values() for second in seconds)
 
 
+@pytest.mark.slow  # waits for the disk, and for a process of its own for each file
 def test_the_page_of_checkpoints(tmp_path, monkeypatch):
     """A run of small files: its figures are right, and both sides of each target are seen."""
     monkeypatch.chdir(tmp_path)
