@@ -100,19 +100,18 @@ struct ZeroItem {
   Slices slices;
 };
 
-// What belongs to one matrix of a batch, or to one ranking. Null stays null; not by a choice of two
-// addresses, by which compilers for a GPU forget what memory they are of.
+// What belongs to one matrix of a batch, or to one ranking. Null stays null.
 template <class T>
-LNPRUNE_FUNCTION T* moved_by(T* address, int64_t count) {
-  return address + (address == nullptr ? 0 : count);
+T* moved_by(T* address, int64_t count) {
+  return address == nullptr ? nullptr : address + count;
 }
 template <class Bytes>
-LNPRUNE_FUNCTION Bytes* moved_by(Bytes* address, int64_t count, ElementType type) {
+Bytes* moved_by(Bytes* address, int64_t count, ElementType type) {
   using Byte = std::conditional_t<std::is_const_v<Bytes>, const char, char>;
   return moved_by(static_cast<Byte*>(address), count * element_bytes(type));
 }
 
-LNPRUNE_FUNCTION RankItem matrix_of(const RankItem& item, int64_t matrix) {
+inline RankItem matrix_of(const RankItem& item, int64_t matrix) {
   const int64_t elements = matrix * item.slices.matrix();
   RankItem one = item;
   one.elements = moved_by(item.elements, elements, item.type);
@@ -122,7 +121,7 @@ LNPRUNE_FUNCTION RankItem matrix_of(const RankItem& item, int64_t matrix) {
   return one;
 }
 
-LNPRUNE_FUNCTION SelectItem ranking_of(const SelectItem& item, int64_t ranking) {
+inline SelectItem ranking_of(const SelectItem& item, int64_t ranking) {
   const int64_t channels = ranking * item.channels;
   SelectItem one = item;
   one.norms = item.norms + channels;
@@ -132,7 +131,7 @@ LNPRUNE_FUNCTION SelectItem ranking_of(const SelectItem& item, int64_t ranking) 
   return one;
 }
 
-LNPRUNE_FUNCTION WriteItem matrix_of(const WriteItem& item, int64_t matrix) {
+inline WriteItem matrix_of(const WriteItem& item, int64_t matrix) {
   const int64_t elements = matrix * item.slices.matrix();
   WriteItem one = item;
   one.keep = moved_by(item.keep, matrix * item.slices.channels);
@@ -144,7 +143,7 @@ LNPRUNE_FUNCTION WriteItem matrix_of(const WriteItem& item, int64_t matrix) {
   return one;
 }
 
-LNPRUNE_FUNCTION ZeroItem matrix_of(const ZeroItem& item, int64_t matrix) {
+inline ZeroItem matrix_of(const ZeroItem& item, int64_t matrix) {
   ZeroItem one = item;
   one.keep = moved_by(item.keep, matrix * item.slices.channels);
   one.elements = moved_by(item.elements, matrix * item.slices.matrix(), item.type);

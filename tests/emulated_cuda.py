@@ -16,7 +16,10 @@ from torch.utils import cpp_extension
 from lnprune import ops
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KERNELS = ("launches.cpp", "norms.cu", "topk.cu", "masks.cu")
+KERNELS = (
+    *("launches.cpp", "roots.cu", "topk.cu", "masks.cu"),
+    *(f"rank_{name}.cu" for name in ("float64", "float32", "float16", "bfloat16", "float8")),
+)
 OPS = (
     *("channel_norms", "channel_sums", "scaled_norms", "norms_of_sums", "select_channels", "write_masks"),
     *("prune_channels", "zero_channels_", "prune_channels_"),

@@ -405,7 +405,7 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
     if step == "write":  # of the weight; a mask that is there already doubles them
         return blocks * constant("launches.h", "kThreads") * constant("masks.cu", "kVectorsPerThread") * 16
     vector = 8 if element == "float8" else 16
-    return blocks * constant("launches.h", "kThreads") * constant("norms.cu", "kVectorLoads") * vector
+    return blocks * constant("launches.h", "kThreads") * constant("rank_block.h", "kVectorLoads") * vector
 
 
 # --- The tests ------------------------------------------------------------------------------------------
@@ -414,6 +414,10 @@ def loads_in_flight(kernel: str, blocks: int) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_compiled(resources, architecture):
     assert sorted(resources[architecture]) == sorted([*with_many(FEW), *SCALED])
+
+
+def test_the_compiler_warns_of_nothing(objects):
+    assert [line for line in objects[1].splitlines() if "warning" in line.lower()] == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -438,7 +442,7 @@ def test_ranking_loops_load_whole_vectors(machine_code, architecture, kernel):
     loops = hot_loops(kernel, code)
     assert len(loops) >= ways_to_rank(kernel)
     loads = [count(loop, wide_load(kernel)) for loop in loops]
-    assert loads == [constant("norms.cu", "kVectorLoads")] * len(loops)
+    assert loads == [constant("rank_block.h", "kVectorLoads")] * len(loops)
     assert sum(loads) == count(code, wide_load(kernel))
 
 
@@ -688,7 +692,7 @@ def instruction_table(machine_code: dict[str, Code]) -> str:
     for element in (*ELEMENTS, *FLOAT8):
         size = element_bytes(element)
         rank = "rank SumOfSquares " + ("float8" if element in FLOAT8 else element)
-        in_flight = constant("norms.cu", "kVectorLoads") * (8 if element in FLOAT8 else 16) // size
+        in_flight = constant("rank_block.h", "kVectorLoads") * (8 if element in FLOAT8 else 16) // size
         loops = hot_loops(rank, machine_code[rank])
         cells = [element]
         for sums in (True, False):  # of squares, which alone take arithmetic in float64

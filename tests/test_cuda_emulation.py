@@ -373,7 +373,10 @@ class Bug:
     built_into: tuple[str, ...] = ()  # the kernels that a header with a bug is part of
 
 
-BARRIER = "__syncthreads();"
+# The kernels of the rank step that a check runs: a header with a bug is built into these.
+OF_FLOAT64, OF_FLOAT32 = ("rank_float64.cu",), ("rank_float32.cu",)
+OF_BOTH = (*OF_FLOAT64, *OF_FLOAT32)
+
 MISALIGNED = "misaligned vector"
 OTHER_ORDER = "another scheduling order"
 SELECTION_TICKET = "  if (!draws_last(ticket, task.selection_strips, shared_last)) return;\n"
@@ -382,56 +385,63 @@ START_OF_WRITING = "  if (task.elements <= 0x7fffffffll) {\n    write_tile_of"
 BUGS = {
     "column_sums_read_before_a_barrier": Bug(
         "barrier of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "  __syncthreads();\n#pragma unroll 1\n  for (int c = thread; c < columns; c += kThreads) {\n",
         "#pragma unroll 1\n  for (int c = thread; c < columns; c += kThreads) {\n",
         check_columns,
+        built_into=OF_BOTH,
     ),
     "column_groups_read_before_a_barrier": Bug(
         "barrier of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "    sums[0] = sum;\n  }\n  __syncthreads();\n",
         "    sums[0] = sum;\n  }\n",
         check_columns,
+        built_into=OF_BOTH,
     ),
     "column_partials_read_before_a_barrier": Bug(
         "barrier of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "shared[thread] = sum;\n    __syncthreads();\n",
         "shared[thread] = sum;\n",
         check_columns,
+        built_into=OF_BOTH,
     ),
     "team_values_read_before_a_barrier": Bug(
         "barrier of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "if (threadIdx.x % kWarp == 0) shared[warp] = value;\n    __syncthreads();\n",
         "if (threadIdx.x % kWarp == 0) shared[warp] = value;\n",
         check_runs,
+        built_into=OF_FLOAT32,
     ),
     "shifted_slots_read_before_a_barrier": Bug(
         "barrier of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "- shift) & mask] = partials[s];\n    __syncthreads();\n",
         "- shift) & mask] = partials[s];\n",
         check_runs,
+        built_into=OF_FLOAT32,
     ),
     "ticket_drawn_before_a_fence": Bug(
         "fence",
-        "norms.cu",
+        "rank_block.h",
         "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    // The last",
         "  __syncthreads();\n  if (threadIdx.x == 0) {\n    // The last",
         check_columns,
+        built_into=OF_BOTH,
     ),
     "ticket_drawn_before_a_barrier": Bug(
         "ticket",
-        "norms.cu",
+        "rank_block.h",
         "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    // The last",
         "  __threadfence();\n  if (threadIdx.x == 0) {\n    // The last",
         check_two_chunks,
+        built_into=OF_FLOAT64,
     ),
     "ticket_drawn_before_the_partials_are_stored": Bug(
         "ticket",
-        "norms.cu",
+        "rank_block.h",
         "  if (first_of_team) put(task, memory, work, norm, channel, total);\n\n"
         "  if (task.chunks == 1) return true;\n"
         "  unsigned* ticket = work.ticket(task, memory);\n"
@@ -441,17 +451,19 @@ BUGS = {
         "  if (first_of_team) put(task, memory, work, norm, channel, total);\n"
         "  if (task.chunks == 1 || !last) return task.chunks == 1;\n",
         check_runs,
+        built_into=OF_FLOAT32,
     ),
     "ticket_read_before_a_barrier": Bug(
         "ticket",
-        "norms.cu",
+        "rank_block.h",
         "  __syncthreads();\n  __threadfence();\n  return *shared_last",
         "  __threadfence();\n  return *shared_last",
         check_columns,
+        built_into=OF_BOTH,
     ),
     "selection_ticket_drawn_before_a_fence": Bug(
         "hand-over to the selection",
-        "norms.cu",
+        "rank_kernels.h",
         SELECTION_TICKET,
         "  if (threadIdx.x == 0) {\n"
         "    const unsigned last = task.selection_strips - 1;\n"
@@ -460,21 +472,24 @@ BUGS = {
         "  __syncthreads();\n"
         "  if (*shared_last == 0) return;\n",
         check_pruning,
+        built_into=OF_FLOAT32,
     ),
     "selection_by_blocks_before_the_last": Bug(
         "hand-over to the selection",
-        "norms.cu",
+        "rank_kernels.h",
         SELECTION_TICKET,
         "  const bool last = draws_last(ticket, task.selection_strips, shared_last);\n"
         "  if (last && task.selection_strips > 1) return;\n",
         check_pruning,
+        built_into=OF_FLOAT32,
     ),
     "selection_before_the_strip_is_added_up": Bug(
         "hand-over to the selection",
-        "norms.cu",
+        "rank_kernels.h",
         "  if (!finished || task.selection.keep == nullptr) return;\n",
         "  if (task.selection.keep == nullptr) return;\n",
         check_pruning,
+        built_into=OF_FLOAT32,
     ),
     "selection_without_a_ticket_of_its_own": Bug(
         "hand-over to the selection",
@@ -518,7 +533,7 @@ BUGS = {
         "      __syncthreads();\n      // Thread 0 has",
         "      // Thread 0 has",
         check_selection_of_the_rank_step,
-        built_into=("norms.cu",),
+        built_into=OF_FLOAT64,
     ),
     "bucket_that_reaches_beyond_nan": Bug(
         "selection of the rank step",
@@ -526,7 +541,7 @@ BUGS = {
         "high = high - low < width ? high : low + width;",
         "high = low + width;",
         check_selection_of_the_rank_step,
-        built_into=("norms.cu",),
+        built_into=OF_FLOAT64,
     ),
     "ties_of_the_keys_before_not_counted": Bug(
         "selection of the rank step",
@@ -534,7 +549,7 @@ BUGS = {
         "        before_row += in_row;\n",
         "",
         check_selection_of_the_rank_step,
-        built_into=("norms.cu",),
+        built_into=OF_FLOAT64,
     ),
     "masked_channels_take_part_in_the_rank_step": Bug(
         "selection of the rank step",
@@ -542,40 +557,44 @@ BUGS = {
         "if (values[k] == 0) keys",
         "if (values[k] < 0) keys",
         check_selection_of_the_rank_step,
-        built_into=("norms.cu",),
+        built_into=OF_FLOAT64,
     ),
     "last_element_of_a_run_left_out": Bug(
         "bounds of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "0, end - last * L, read",
         "0, end - last * L - 1, read",
         check_runs,
+        built_into=OF_FLOAT32,
     ),
     "element_before_a_run_added": Bug(
         "bounds of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "add_elements(norm, run, 1, shift, end, ",
         "add_elements(norm, run, 1, shift - 1, end, ",
         check_runs,
+        built_into=OF_FLOAT32,
     ),
     "short_last_row_left_out": Bug(
         "bounds of the rank step",
-        "norms.cu",
+        "rank_block.h",
         "cut.rows_per_chunk, cut.rows);\n#pragma",
         "cut.rows_per_chunk, full_rows);\n#pragma",
         check_columns,
+        built_into=OF_BOTH,
     ),
     "fold_by_the_width_of_the_strip": Bug(
         "order of a sum",
-        "norms.cu",
+        "rank_block.h",
         "cut.channels_per_strip < kThreads ? cut.channels_per_strip : kThreads;",
         "channels < kThreads ? channels : kThreads;",
         check_identical_columns,
         "identical columns differ",
+        built_into=OF_FLOAT64,
     ),
     "blocks_of_roots_counted_from_the_first_tensor": Bug(
         "roots",
-        "norms.cu",
+        "roots.cu",
         "place.block * kThreads",
         "blockIdx.x * kThreads",
         check_roots,
@@ -790,33 +809,37 @@ BUGS = {
     ),
     "vectors_loaded_twice": Bug(
         "traffic",
-        "norms.cu",
+        "rank_block.h",
         "if (i + u < count) loaded[u] = load_vector",
         "if (i + u < count) load_vector<kVectorBytes<T>>(elements + u * stride);\n"
         "      if (i + u < count) loaded[u] = load_vector",
         check_traffic,
         "'rank', {",
+        built_into=OF_FLOAT32,
     ),
     "selection_ticket_of_the_first_matrix": Bug(
         "matrices of a batch",
-        "norms.cu",
+        "rank_kernels.h",
         "memory.tickets + task.selection_ticket + work.matrix;",
         "memory.tickets + task.selection_ticket;",
         check_batches,
+        built_into=OF_FLOAT32,
     ),
     "partials_of_the_first_matrix": Bug(
         "matrices of a batch",
-        "norms.cu",
+        "rank_block.h",
         "task.first_partial +\n           matrix * task.chunks * task.channels;",
         "task.first_partial;",
         check_batches,
+        built_into=OF_FLOAT32,
     ),
     "tickets_of_the_first_matrix": Bug(
         "matrices of a batch",
-        "norms.cu",
+        "rank_block.h",
         "task.first_ticket + matrix * task.strips + strip;",
         "task.first_ticket + strip;",
         check_batches,
+        built_into=OF_FLOAT32,
     ),
     "flags_of_the_first_matrix": Bug(
         "matrices of a batch",
@@ -843,35 +866,39 @@ BUGS = {
     ),
     "factors_of_the_first_matrix": Bug(
         "factors",
-        "norms.cu",
+        "rank_kernels.h",
         "task.scaling.factors + work.matrix * task.scaling.matrix,",
         "task.scaling.factors,",
         check_scaled,
         "other norms",
+        built_into=OF_FLOAT32,
     ),
     "vectors_that_cross_rows_scaled_by_their_first": Bug(
         "factors",
-        "norms.cu",
+        "rank_elements.h",
         "if (first + slot >= period) return",
         "if (false) return",
         check_scaled,
         "other norms",
+        built_into=OF_FLOAT32,
     ),
     "factors_of_places_for_those_of_their_dim": Bug(
         "factors",
-        "norms.cu",
+        "rank_elements.h",
         "place.step == 1 ? number : number / place.step",
         "number",
         check_scaled,
         "other norms",
+        built_into=OF_FLOAT32,
     ),
     "tickets_not_set_to_zero": Bug(
         "memory not cleared",
-        "norms.cu",
+        "rank_block.h",
         "atomicInc(ticket, last) == last;",
         "atomicAdd(ticket, 1u) == last;",
         check_columns,
         "tickets that are not zero",
+        built_into=OF_BOTH,
     ),
 }
 
@@ -1026,9 +1053,10 @@ def kernels_to_judge(name: str) -> dict[str, str]:
     bug = (BUGS | FAILURES | OVERWRITTEN)[name]
     original = (KERNELS / bug.kernel).read_text()
     assert original.count(bug.text) == 1, f"the text to replace is not once in {bug.kernel}: {bug.text}"
-    return {kernel: kernels[kernel] for kernel in bug.built_into} | {
-        bug.kernel: original.replace(bug.text, bug.replacement)
-    }
+    # All headers, or those beside the originals would be found first.
+    built = {header.name: header.read_text() for header in KERNELS.glob("*.h")}
+    built |= {kernel: kernels[kernel] for kernel in bug.built_into}
+    return built | {bug.kernel: original.replace(bug.text, bug.replacement)}
 
 
 def judge(sender: Any, patched: pathlib.Path, checks: list[Callable[[Any], None]], seed: int) -> None:

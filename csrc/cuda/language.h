@@ -11,7 +11,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../lp_norm.h"
+
 namespace lnprune::cuda {
+
+// Squares of what is narrower than float64 are exact: multiplied and added in one instruction.
+template <class Real>
+using SumOfSquares = lnprune::SumOfSquares<Real, true>;
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;

@@ -206,6 +206,18 @@ bool is_of_rank(const Steps& steps, size_t i) {
   return apart && item.channels <= kMostChannelsOfRank;
 }
 
+template <class Task>
+cudaError_t launch_rank(const Batch<Task>& batch, NormOrder order, RankMemory memory,
+                        cudaStream_t stream) {
+  switch (batch.type) {
+    case ElementType::float64: return launch_rank_of<double>(batch, order, memory, stream);
+    case ElementType::float32: return launch_rank_of<float>(batch, order, memory, stream);
+    case ElementType::float16: return launch_rank_of<c10::Half>(batch, order, memory, stream);
+    case ElementType::bfloat16: return launch_rank_of<c10::BFloat16>(batch, order, memory, stream);
+    default: return launch_rank_of<Float8>(batch, order, memory, stream);
+  }
+}
+
 // launch(batch) for each batch, up to the first that fails.
 template <class Task, class Launch>
 cudaError_t run_batches(const std::vector<Batch<Task>>& batches, Launch launch) {
@@ -279,15 +291,12 @@ Launches::Launches(const Steps& steps) : order_(steps.order) {
 cudaError_t Launches::run(void* partials, unsigned* tickets, cudaStream_t stream) const {
   const RankMemory memory{static_cast<uint64_t*>(partials), tickets};
   const auto rank = [&](const auto& batch) { return launch_rank(batch, order_, memory, stream); };
-  const auto scaled_rank = [&](const auto& batch) {
-    return launch_scaled_rank(batch, order_, memory, stream);
-  };
   const auto root = [&](const auto& batch) { return launch_root(batch, order_, stream); };
   const auto select = [&](const auto& batch) { return launch_select(batch, stream); };
   const auto write = [&](const auto& batch) { return launch_write(batch, stream); };
   const auto zero = [&](const auto& batch) { return launch_zero(batch, stream); };
   cudaError_t error = run_batches(ranks_, rank);
-  if (error == cudaSuccess) error = run_batches(scaled_ranks_, scaled_rank);
+  if (error == cudaSuccess) error = run_batches(scaled_ranks_, rank);
   if (error == cudaSuccess) error = run_batches(roots_, root);
   if (error == cudaSuccess) error = run_batches(selections_, select);
   if (error == cudaSuccess) error = run_batches(writes_, write);

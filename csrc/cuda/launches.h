@@ -180,8 +180,10 @@ struct Batch {
   // launch(table) with all tasks in a table of the smaller size that holds them.
   template <class Launch>
   cudaError_t with_table(Launch launch) const {
-    if (tasks.size() <= FewTasks::kCapacity) return launch(filled<FewTasks>());
-    return launch(filled<ManyTasks>());
+    if constexpr (!std::is_same_v<FewTasks, ManyTasks>) {
+      if (tasks.size() > FewTasks::kCapacity) return launch(filled<ManyTasks>());
+    }
+    return launch(filled<FewTasks>());
   }
 
  private:
@@ -219,11 +221,12 @@ class Launches {
   size_t partials_ = 0;
 };
 
-// The kernels of each step.
-cudaError_t launch_rank(const Batch<RankTask>& batch, NormOrder order, RankMemory memory,
-                        cudaStream_t stream);
-cudaError_t launch_scaled_rank(const Batch<ScaledRankTask>& batch, NormOrder order,
-                               RankMemory memory, cudaStream_t stream);
+// The kernels of each step. Those of the rank step are of elements of type T; Float8 stands for all
+// of eight bits.
+struct Float8;
+template <class T, class Task>
+cudaError_t launch_rank_of(const Batch<Task>& batch, NormOrder order, RankMemory memory,
+                           cudaStream_t stream);
 cudaError_t launch_root(const Batch<RootTask>& batch, NormOrder order, cudaStream_t stream);
 cudaError_t launch_select(const Batch<SelectTask>& batch, cudaStream_t stream);
 cudaError_t launch_write(const Batch<WriteTask>& batch, cudaStream_t stream);

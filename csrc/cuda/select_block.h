@@ -6,6 +6,7 @@
 #include "language.h"
 
 namespace lnprune::cuda {
+namespace {
 
 // Stands for a channel that takes no part: no norm has this key.
 constexpr RankingKey kNoKey = 0;
@@ -309,4 +310,5 @@ struct SelectBlock {
   }
 };
 
+}  // namespace
 }  // namespace lnprune::cuda
