@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,7 @@ LIMITS = {
     "synccheck": 35,
     "initcheck": 35,
     "drop-in": 100,
+    "models": 100,
     "profile": 60,
 }
 FIRST_CALL = ("build", "short-list", "tests", "benchmarks", "memcheck", "racecheck")
@@ -54,17 +56,26 @@ LOG, OTHER_LOG = "log.txt", "before.txt"
 OUTPUTS = (LOG, OTHER_LOG, "summary.txt", "cuda.md", "cuda.json", "before/cuda.md", "before/cuda.json")
 # Files that run on every device; the cases of other devices are left out.
 TEST_FILES = {
+    # Of the kernels.
     "tests": (
         "test_cuda.py",
-        "test_norms.py",
-        "test_selection.py",
-        "test_write.py",
-        "test_zero.py",
-        "test_repeated.py",
+        *("test_norms.py", "test_selection.py", "test_write.py", "test_zero.py", "test_repeated.py"),
+        *("test_batches.py", "test_scaled_norms.py", "test_sums.py", "test_rows.py"),
     ),
-    "drop-in": ("test_ln_structured.py", "test_large.py"),
+    # Of the drop-in on one module, and of tensors of gigabytes.
+    "drop-in": (
+        *("test_ln_structured.py", "test_large.py", "test_class.py", "test_patch.py", "test_failures.py"),
+        "test_all_or_nothing.py",
+    ),
+    # Of plans, of whole models, and of the ops themselves.
+    "models": (
+        *("test_ranking.py", "test_local_structured.py", "test_apply.py", "test_plan.py", "test_ops.py"),
+        *("test_remove_all.py", "test_masked_models.py", "test_portability.py", "test_threads.py"),
+    ),
 }
 LAST_LINES = 25
+# What pytest and the sanitizers say last.
+SUMMARIES = re.compile(r"\b\d+ (?:passed|failed|error).* in \d.*s\b|\w+ SUMMARY: .*")
 DESCRIBE_GPU = """
 import json, torch
 if not torch.cuda.is_available():
@@ -94,6 +105,7 @@ class Result(NamedTuple):
     name: str
     status: str
     seconds: float
+    said: str  # in sum, by the program itself
 
 
 def python(*arguments: str | pathlib.Path) -> list[str]:
@@ -230,6 +242,7 @@ def run_stage(stage: Stage, folder: pathlib.Path, deadline: float) -> Result:
     log = folder / stage.log
     with log.open("a") as output:
         output.write(f"\n== {stage.name}\n")
+    before = log.stat().st_size
     status = "passed"
     for command in stage.commands:
         seconds = end - time.monotonic()
@@ -240,7 +253,8 @@ def run_stage(stage: Stage, folder: pathlib.Path, deadline: float) -> Result:
         if stopped or code != 0:
             status = "stopped at its time limit" if stopped else f"failed with exit status {code}"
             break
-    return Result(stage.name, status, time.monotonic() - start)
+    found = SUMMARIES.findall(log.read_bytes()[before:].decode(errors="replace"))
+    return Result(stage.name, status, time.monotonic() - start, found[-1] if found else "")
 
 
 def run_stages(groups: list[list[Stage]], folder: pathlib.Path, notes: list[str]) -> list[Result]:
@@ -262,9 +276,10 @@ def run_stages(groups: list[list[Stage]], folder: pathlib.Path, notes: list[str]
 
 def summary(results: list[Result], notes: list[str]) -> list[str]:
     """The notes, and a table of the stages."""
-    rows = [("stage", "status", "seconds"), *((r.name, r.status, f"{r.seconds:.0f}") for r in results)]
+    rows = [("stage", "status", "seconds", "said")]
+    rows += [(r.name, r.status, f"{r.seconds:.0f}", r.said) for r in results]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    table = [f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>7}" for row in rows]
+    table = [f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>7}  {row[3]}".rstrip() for row in rows]
     return [*notes, *table]
 
 

@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import gc
+import subprocess
+import sys
 
 import cases
 import cuda_short_list
@@ -292,6 +294,65 @@ def test_two_graphs_and_calls_outside_them():
             assert_same_results(eager, on_the_cpu(*lists[1 - i]))
         for (_, results), (tensors, dims) in zip(graphs, lists, strict=True):
             assert_same_results(results, on_the_cpu(tensors, dims), order)
+
+
+# In a process where no kernel has been loaded yet. Each finds what the CPU finds, or ends with an error.
+FIRST_CALLS = {
+    "recorded": """
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    masks, weights = prune([here])
+graph.replay()
+""",
+    "of another thread while one records": """
+ready, done = threading.Event(), threading.Event()
+found = []
+def other():
+    ready.wait()
+    with torch.cuda.stream(side):
+        found.extend(prune([here]))
+    done.set()
+thread = threading.Thread(target=other)
+thread.start()
+graph = torch.cuda.CUDAGraph()
+stream = torch.cuda.Stream()
+stream.wait_stream(torch.cuda.current_stream())
+with torch.cuda.graph(graph, stream=stream):
+    copy = here + 1
+    ready.set()
+    assert done.wait(60), "the call of the other thread did not end"
+thread.join()
+masks, weights = found
+""",
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("call", list(FIRST_CALLS.values()), ids=list(FIRST_CALLS))
+def test_the_first_call_of_a_process(call, dim):
+    """CUDA loads a kernel when it is first launched, which it may refuse while a graph is recorded."""
+    program = f"""
+import threading, torch, lnprune
+from lnprune import ops
+there = torch.randn(3000, 700)
+here = there.cuda()
+side = torch.cuda.Stream()
+with torch.cuda.stream(side):  # memory at hand: while a graph is recorded torch gets no more
+    rooms = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in (64 << 20, 1 << 10)]
+    del rooms
+here + 1
+torch.cuda.synchronize()
+def prune(tensors):
+    return ops.prune_channels(tensors, [], tensors, [{dim}], 2.0, [-1], [0.5])
+{call}
+torch.cuda.synchronize()
+expected = prune([there])
+for actual, wanted in zip((masks, weights), expected, strict=True):
+    assert torch.equal(actual[0].cpu(), wanted[0])
+print("right")
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.stdout == "right\n", finished.stderr
 
 
 # Streams, and no waiting.

@@ -1,5 +1,6 @@
 """`make gpu`: its stages, their limits and its summary, without a GPU."""
 
+import re
 import subprocess
 import sys
 import time
@@ -113,8 +114,9 @@ def test_the_first_call(tmp_path, tools):
 
 
 def test_stages_by_name_keep_their_order(tmp_path, tools):
-    groups, notes = gpu.plan(tmp_path, "9.0", 16, ["profile", "initcheck", "drop-in", "build"])
-    assert names_of(groups) == [["build"], ["initcheck"], ["drop-in"], ["profile"]]
+    chosen = ["profile", "initcheck", "models", "drop-in", "build"]
+    groups, notes = gpu.plan(tmp_path, "9.0", 16, chosen)
+    assert names_of(groups) == [["build"], ["initcheck"], ["drop-in"], ["models"], ["profile"]]
     assert notes == []
     (command,) = groups[-1][0].commands
     assert command[:3] == ["ncu", "--clock-control", "none"], "the device's clocks are left alone"
@@ -172,13 +174,34 @@ def test_imports_of_imported_test_files_count(tmp_path, monkeypatch):
     assert gpu.missing_imports(tmp_path / "test_one.py") == {"no_such_module"}
 
 
-FILES = [name for names in gpu.TEST_FILES.values() for name in names]
+def test_all_files_of_tests_for_every_device_are_run():
+    listed = [name for names in gpu.TEST_FILES.values() for name in names]
+    marked = re.compile(r'parametrize\(\s*"device", (?:cases\.)?DEVICES\b')
+    found = {path.name for path in gpu.TESTS.glob("test_*.py") if marked.search(path.read_text())}
+    assert sorted(listed) == sorted({*found, "test_cuda.py"})
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "test_cuda.py"])
-def test_files_that_are_run_are_run_on_every_device(name):
-    text = (gpu.TESTS / name).read_text()
-    assert 'parametrize("device", cases.DEVICES' in text or 'parametrize("device", DEVICES)' in text
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        (
+            "....\\n= 2 failed, 7 passed, 1 skipped in 3.21s (0:00:03) =",
+            "2 failed, 7 passed, 1 skipped in 3.21s",
+        ),
+        ("========= ERROR SUMMARY: 0 errors", "ERROR SUMMARY: 0 errors"),
+        (
+            "1 passed in 2s\\n===== RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+            "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+        ),
+        ("nothing of the kind", ""),
+    ],
+)
+def test_the_summary_has_what_a_program_says_in_sum(printed, said, tmp_path):
+    earlier = stage("earlier", "print('9 passed in 1.00s')")
+    _, result = gpu.run_stages([earlier, stage("this", f"print('{printed}')")], tmp_path, [])
+    assert result.said == said
+    last = (tmp_path / "summary.txt").read_text().splitlines()[-1]
+    assert last.endswith(said if said else f"{result.seconds:.0f}")
 
 
 def test_without_a_gpu_nothing_is_run(tmp_path):
