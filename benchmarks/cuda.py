@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.utils import prune as stock
 
 import lnprune
-from benchmarks import calls, cuda_report, report
+from benchmarks import calls, cuda_page, cuda_report, report
 from benchmarks.cuda_timing import Gpu, count_launches, peak_bytes
 from benchmarks.predictions import predicted_seconds, prune_launches, rank_launches
+from benchmarks.program import BUILD
 from benchmarks.report import Row
 from benchmarks.shapes import (
     DTYPES,
@@ -38,6 +39,7 @@ from lnprune import ops
 DEVICE = "cuda"
 MEBIBYTE = 1 << 20
 COPY_SIZES = [256 * MEBIBYTE, 1024 * MEBIBYTE, 4096 * MEBIBYTE]
+MAIN_DTYPES = [torch.float32, torch.bfloat16]
 SMALL_SHAPE = (64, 64)
 ONE_MATRIX = (4096, 4096)
 CONVOLUTION = (512, 512, 3, 3)
@@ -121,9 +123,11 @@ class Benchmark:
             "in_place": self.in_place,
             "lists": self.lists,
             "norms": self.norms,
+            "sizes": self.sizes,
             "repeated": self.repeated,
             "small": self.small,
             "memory": self.memory,
+            "further": self.further,
             "launches": self.launches,
         }
 
@@ -158,16 +162,21 @@ class Benchmark:
 
     def norms(self) -> Iterator[Row]:
         """``channel_norms`` of one tensor."""
-        quarter, whole = 256 * MEBIBYTE, 1024 * MEBIBYTE
-        few_dtypes = [torch.float32, torch.bfloat16]
-        if self.quick:
-            grid = list(large_cases([quarter], few_dtypes, [2]))
-        else:
-            grid = list(large_cases([whole, quarter], few_dtypes, [2, INF, 1]))
-            others = [dtype for dtype in DTYPES if dtype not in few_dtypes]
-            grid += [Case(MANY_CHANNELS, dtype, 0, 2) for dtype in few_dtypes]
-            grid += [Case(shape, torch.float32, dim, 2) for shape, dim in FURTHER_LAYOUTS]
-            grid += large_cases([quarter], others, [2, INF, 1])
+        sizes = [256 * MEBIBYTE] if self.quick else [1024 * MEBIBYTE, 256 * MEBIBYTE]
+        grid = list(large_cases(sizes, MAIN_DTYPES, [2] if self.quick else [2, INF, 1]))
+        if not self.quick:
+            grid += [Case(MANY_CHANNELS, dtype, 0, 2) for dtype in MAIN_DTYPES]
+        yield from self.norms_of(grid)
+
+    def further(self) -> Iterator[Row]:
+        """``channel_norms`` of other layouts and dtypes."""
+        grid = [Case(shape, torch.float32, dim, 2) for shape, dim in FURTHER_LAYOUTS]
+        if not self.quick:
+            others = [dtype for dtype in DTYPES if dtype not in MAIN_DTYPES]
+            grid += large_cases([256 * MEBIBYTE], others, [2, INF, 1])
+        yield from self.norms_of(grid)
+
+    def norms_of(self, grid: list[Case]) -> Iterator[Row]:
         weights = calls.Weights(DEVICE)
         for case in grid:
             weight = weights.weight(case)
@@ -186,9 +195,12 @@ class Benchmark:
         sizes = [256 * MEBIBYTE] if self.quick else [1024 * MEBIBYTE, 256 * MEBIBYTE]
         shapes = (ONE_MATRIX, CONVOLUTION)
         grid = [Case(shape, torch.float32, dim, 2) for shape in shapes for dim in (0, 1)]
-        grid += large_cases(sizes, [torch.float32, torch.bfloat16], [2])
+        grid += large_cases(sizes, MAIN_DTYPES, [2])
         if not self.quick:
-            grid += [Case(MANY_CHANNELS, dtype, 0, 2) for dtype in (torch.float32, torch.bfloat16)]
+            grid += [Case(MANY_CHANNELS, dtype, 0, 2) for dtype in MAIN_DTYPES]
+        yield from self.whole_of(grid)
+
+    def whole_of(self, grid: list[Case]) -> Iterator[Row]:
         weights = calls.Weights(DEVICE)
         for case in grid:
             weight, norms = weights.weight(case), weights.norms(case)
@@ -203,11 +215,22 @@ class Benchmark:
             figures = self.figures(timings, 2 * case.bytes, 2 * case.bytes, launches)
             yield report.case_row(case, fault) | figures
 
+    def sizes(self) -> Iterator[Row]:
+        """Norms and whole calls over the size of the weight, with a copy of as many bytes beside them."""
+        for power in range(0, 9, 4 if self.quick else 1):
+            size = MEBIBYTE * 4**power // 16
+            copied: Row = {"copy": self.gpu.copy_seconds(size, self.budget)}
+            grid = [Case(matrix_of(size, torch.float32), torch.float32, dim, 2) for dim in (0, 1)]
+            for row in self.norms_of(grid):
+                yield {"call": cuda_report.NORMS, **row, **copied}
+            for row in self.whole_of(grid):
+                yield {"call": cuda_report.WHOLE, **row, **copied}
+
     def in_place(self) -> Iterator[Row]:
         """``local_structured`` with ``permanent=True``: zeros in place, in a fresh weight each time."""
         sizes = [256 * MEBIBYTE] if self.quick else [1024 * MEBIBYTE, 256 * MEBIBYTE]
         weights = calls.Weights(DEVICE)
-        for case in large_cases(sizes, [torch.float32, torch.bfloat16], [2]):
+        for case in large_cases(sizes, MAIN_DTYPES, [2]):
             weight, norms = weights.weight(case), weights.norms(case)
 
             def make(weight: Tensor = weight) -> Any:
@@ -250,7 +273,7 @@ class Benchmark:
 
     def repeated(self) -> Iterator[Row]:
         """The second ``ln_structured`` on a module."""
-        dtypes = [torch.float32] if self.quick else [torch.float32, torch.bfloat16]
+        dtypes = MAIN_DTYPES[:1] if self.quick else MAIN_DTYPES
         weights = calls.Weights(DEVICE)
         for case in large_cases([256 * MEBIBYTE], dtypes, [2]):
             weight, norms = weights.weight(case), weights.norms(case)
@@ -281,8 +304,10 @@ class Benchmark:
             yield report.case_row(case, fault) | {
                 "lnprune": device.seconds("lnprune"),
                 "torch": device.seconds("torch"),
+                "speedup": device.ratio("torch", "lnprune"),
                 "wall": wall.seconds("lnprune"),
                 "torch_wall": wall.seconds("torch"),
+                "wall_speedup": wall.ratio("torch", "lnprune"),
                 "over_torch": wall.ratio("lnprune", "torch"),
             }
 
@@ -376,9 +401,18 @@ def run_sections(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few cases, in under a minute")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument("--out", type=pathlib.Path, default=BUILD, help=f"folder of all cases ({BUILD})")
     parser.add_argument("--sections", help=f"some of {', '.join(cuda_report.CHAPTERS)}, between commas")
+    parser.add_argument(
+        "--from", dest="saved", type=pathlib.Path, help="the folder of a run, to write its page in results/"
+    )
     options = parser.parse_args()
+    if options.saved is not None:
+        try:
+            print(f"wrote {', '.join(map(str, cuda_page.write(options.saved)))}")
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        return 0
     names = options.sections.split(",") if options.sections else list(cuda_report.CHAPTERS)
     if unknown := set(names) - set(cuda_report.CHAPTERS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}")
@@ -398,7 +432,7 @@ def main() -> int:
     sections = {name: section for name, section in sections.items() if name in {"copy", *names}}
     found, failures = run_sections(sections, write)
     print("\n" + "\n".join(report.verdict_lines(cuda_report.verdicts(found))))
-    print(f"\n{time.perf_counter() - start:.0f} s; wrote {options.out / 'cuda.md'} and cuda.json")
+    print(f"\n{time.perf_counter() - start:.0f} s; wrote {options.out / 'cuda.json'} and cuda_cases.md")
     return 1 if failures or report.faults(found) else 0
 
 

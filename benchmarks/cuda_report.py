@@ -1,4 +1,4 @@
-"""The report of the CUDA benchmark: its targets, what was measured of them, and its chapters."""
+"""The report of a run of the CUDA benchmark: every case, the targets, and what was measured of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from benchmarks.timing import geometric_mean
 # From here on a tensor counts as large.
 LARGE_BYTES = 256_000_000
 LARGEST_BYTES = 1_000_000_000
+# What is timed over the size of the weight.
+NORMS, WHOLE = "channel_norms", "ln_structured"
 RESNET50_LAUNCHES = "prune_channels, the 54 weights of ResNet-50"
 NOT_MEASURED: tuple[str, bool | None] = ("not measured", None)
 
@@ -105,6 +107,7 @@ def verdicts(sections: dict[str, list[Row]]) -> list[Verdict]:
     norms, whole, in_place, lists = (
         sections.get(name, []) for name in ("norms", "whole", "in_place", "lists")
     )
+    norms = [*norms, *sections.get("further", [])]
     single = [row for row in whole if row["dtype"] == "float32"]
     matrix = [row for row in single if row["shape"] == "4096 x 4096"]
     convolution = [row for row in single if row["shape"] == "512 x 512 x 3 x 3"]
@@ -185,6 +188,12 @@ CHAPTERS: dict[str, tuple[str, str, list[str]]] = {
         "pruning calls. Each weight is read once. The relative error is against `torch.norm` in float64.",
         ["share", "speedup", "over_predicted"],
     ),
+    "sizes": (
+        "Sizes",
+        "`channel_norms` and `ln_structured` over the size of a float32 matrix, n = 2, and a copy of as "
+        "many bytes.",
+        [],
+    ),
     "repeated": (
         "Repeated call",
         "The second `ln_structured` on a module, again with amount=0.5. Six passes: weight and mask are "
@@ -204,6 +213,11 @@ CHAPTERS: dict[str, tuple[str, str, list[str]]] = {
         "Mask and masked weight, which stay, are 2; the rest is norms, flags, tables and partial sums.",
         [],
     ),
+    "further": (
+        "Norms of other layouts and dtypes",
+        "As above.",
+        ["share", "speedup", "over_predicted"],
+    ),
     "launches": (
         "Launches",
         "What one call puts on the device, by torch's profiler: kernels, copies of memory (the table of a "
@@ -213,27 +227,41 @@ CHAPTERS: dict[str, tuple[str, str, list[str]]] = {
 }
 
 
-def markdown(
-    machine: dict[str, Any], sections: dict[str, list[Row]], failures: dict[str, str], seconds: float
-) -> str:
-    """The report of the sections that have run so far."""
-    checked = sum("correct" in row for rows in sections.values() for row in rows)
-    lines = [
-        "# lnprune on a GPU",
-        "",
-        report.provenance(machine, seconds),
-        "",
+def gpu_of(machine: dict[str, Any]) -> str:
+    """The GPU, the machine around it and the versions, as a sentence."""
+    return (
         f"{machine['gpu']} (compute capability {machine['capability']}, {machine['multiprocessors']} "
         f"multiprocessors, {machine['gpu_memory_gib']} GiB, {machine['cache_mib']} MiB of cache), driver "
         f"{machine['driver']}, CUDA {machine['cuda']}; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, {machine['system']}; Python {machine['python']}, torch "
-        f"{machine['torch']}, lnprune {machine['lnprune']} (native library: {report.build_of(machine)}).",
-        "",
+        f"{machine['torch']}, lnprune {machine['lnprune']} (native library: {report.build_of(machine)})."
+    )
+
+
+def conditions(sections: dict[str, list[Row]]) -> str:
+    """How figures came about."""
+    checked = sum("correct" in row for rows in sections.values() for row in rows)
+    return (
         f"Each of the {checked} cases was checked before it was timed; {len(report.faults(sections))} "
         "failed. Times are medians of device time: between events, from cold caches, all launches queued "
         "before the first of them starts. Wall time is that of one call after the other, Python included, "
         "until the device is done. Ratios are medians of the ratios within one round of interleaved runs. "
-        "Predicted times are those of `benchmarks/predictions.py` for the copy of this run.",
+        "Predicted times are those of `benchmarks/predictions.py` for the copy of this run."
+    )
+
+
+def markdown(
+    machine: dict[str, Any], sections: dict[str, list[Row]], failures: dict[str, str], seconds: float
+) -> str:
+    """The report of the sections that have run so far."""
+    lines = [
+        "# lnprune on a GPU: all cases",
+        "",
+        report.provenance(machine, seconds),
+        "",
+        gpu_of(machine),
+        "",
+        conditions(sections),
         "",
         "## Targets",
         "",
@@ -256,7 +284,8 @@ def write(
     failures: dict[str, str],
     seconds: float,
 ) -> None:
-    """Writes cuda.md and cuda.json."""
+    """Writes cuda_cases.md and cuda.json."""
     head = {"environment": machine, "seconds": seconds, "failures": failures}
     text = markdown(machine, sections, failures, seconds)
-    report.write(folder, "cuda", text, head, verdicts(sections), sections)
+    report.save_json(folder / "cuda.json", head, verdicts(sections), sections)
+    report.save_text(folder / "cuda_cases.md", text)

@@ -366,19 +366,6 @@ def save_json(
     save_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def write(
-    folder: pathlib.Path,
-    name: str,
-    text: str,
-    head: dict[str, Any],
-    found: list[Verdict],
-    sections: dict[str, list[Row]],
-) -> None:
-    """Writes the Markdown as ``name.md`` and everything as ``name.json``."""
-    save_json(folder / f"{name}.json", head, found, sections)
-    save_text(folder / f"{name}.md", text)
-
-
 def _marks(program: str) -> tuple[str, str]:
     return f"<!-- made by python -m {program} -->\n\n", f"\n\n<!-- end of {program} -->"
 

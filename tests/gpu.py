@@ -53,7 +53,15 @@ FIRST_CALL = ("build", "short-list", "tests", "benchmarks", "memcheck", "raceche
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Of the sources here, and of those of another commit.
 LOG, OTHER_LOG = "log.txt", "before.txt"
-OUTPUTS = (LOG, OTHER_LOG, "summary.txt", "cuda.md", "cuda.json", "before/cuda.md", "before/cuda.json")
+OUTPUTS = (
+    LOG,
+    OTHER_LOG,
+    "summary.txt",
+    "cuda_cases.md",
+    "cuda.json",
+    "before/cuda_cases.md",
+    "before/cuda.json",
+)
 # Files that run on every device; the cases of other devices are left out.
 TEST_FILES = {
     # Of the kernels.

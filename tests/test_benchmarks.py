@@ -20,6 +20,7 @@ from benchmarks import (
     cpu,
     cpu_report,
     cuda,
+    cuda_page,
     cuda_report,
     lists,
     models,
@@ -82,9 +83,16 @@ def good_sections():
             made_up(large, share=0.9, error=0.0),
             made_up((512, 512), share=0.1, error=0.0),
         ],
+        "sizes": [
+            {"call": call, **made_up(shape), "dim": dim, "copy": 1e-4}
+            for shape in ((64, 64), large)
+            for call in (cuda_report.NORMS, cuda_report.WHOLE)
+            for dim in (0, 1)
+        ],
         "repeated": [made_up((8192, 8192))],
         "small": [made_up((64, 64), over_torch=0.6)],
         "memory": [made_up((8, 8)) | {"peak": 2.001, "beyond_outputs": 12345, "torch_peak": 3.5}],
+        "further": [made_up(small, dtype=torch.float64, share=0.85, error=0.0)],
         "launches": [{"call": cuda_report.RESNET50_LAUNCHES, "kernels": 2, "copies": 0, "fills": 0}],
     }
 
@@ -105,6 +113,7 @@ def test_figures_at_the_targets_meet_them(machine):
     [
         ("norms", 1, {"share": 0.84}, 0),
         ("norms", 3, {"share": 0.89}, 0),
+        ("further", 0, {"share": 0.84}, 0),
         ("whole", 4, {"share": 0.86}, 1),
         ("in_place", 0, {"share": 0.84}, 2),
         ("lists", 0, {"speedup": 19.9}, 3),
@@ -179,7 +188,7 @@ def test_results_outlive_a_section_that_fails(machine, tmp_path, capsys):
     assert "small" not in written[2]
     assert written[3]["small"][0]["over_torch"] == 0.6
     assert written[3]["failures"] == failures
-    assert "## Targets" in (tmp_path / "cuda.md").read_text()
+    assert "## Targets" in (tmp_path / "cuda_cases.md").read_text()
     assert "out of luck" in capsys.readouterr().err
 
 
@@ -208,17 +217,30 @@ class OnTheCpu:
         timing = Timing({name: [1e-3] for name in peers})
         return timing, timing
 
+    def copy_seconds(self, size, budget):
+        return 1e-3
 
-@pytest.mark.parametrize("quick", [True, False], ids=["quick", "all"])
-@pytest.mark.parametrize("section", ["norms", "whole", "in_place", "repeated", "small"])
-def test_the_cases_of_the_gpu_are_checked_and_timed(section, quick, monkeypatch):
-    """All but what asks the device itself: small tensors in place of large ones, on the CPU."""
+
+ON_THE_CPU = ["norms", "whole", "in_place", "sizes", "repeated", "small", "further"]
+
+
+@pytest.fixture
+def small_cases(monkeypatch):
+    """Small tensors in place of large ones, on the CPU."""
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "MEBIBYTE", 1 << 7)
     monkeypatch.setattr(cuda, "ONE_MATRIX", (40, 40))
     monkeypatch.setattr(cuda, "MANY_CHANNELS", (5000, 3))
     monkeypatch.setattr(cuda, "CONVOLUTION", (12, 10, 3, 3))
     monkeypatch.setattr(cuda, "FURTHER_LAYOUTS", [((7, 9), 1)])
+    monkeypatch.setattr(cuda_report, "LARGE_BYTES", 256 << 7)
+    monkeypatch.setattr(cuda_report, "LARGEST_BYTES", 1024 << 7)
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "all"])
+@pytest.mark.parametrize("section", ON_THE_CPU)
+def test_the_cases_of_the_gpu_are_checked_and_timed(section, quick, small_cases):
+    """All but what asks the device itself."""
     gpu = OnTheCpu()
     rows = list(cuda.Benchmark(gpu, quick).sections()[section]())
     assert rows
@@ -226,6 +248,80 @@ def test_the_cases_of_the_gpu_are_checked_and_timed(section, quick, monkeypatch)
     assert len(gpu.ran) == 2 * len(rows)
     for row in rows:
         report.show(row)
+
+
+@pytest.fixture
+def saved_run(machine, small_cases, tmp_path):
+    """The folder that a whole run leaves, and its sections."""
+    benchmark = cuda.Benchmark(OnTheCpu(), quick=False)
+    benchmark.copy_bytes_per_second = 4.3e12
+    sections = good_sections() | {name: list(benchmark.sections()[name]()) for name in ON_THE_CPU}
+    for row in sections["norms"]:  # twice as long as n = inf, along dim 1 three times
+        row["lnprune"] = {2: 2e-3 + 1e-3 * row["dim"]}.get(row["n"], 1e-3)
+    sections["lists"] *= 2
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cuda_report.write(folder, machine, sections, {}, 60.0)
+    (folder / "summary.txt").write_text(
+        "a note with a folder\nstage  said\n" + 10 * "tests  9 passed in 1.0s\n"
+    )
+    return folder, sections
+
+
+def test_the_page_of_a_run_on_a_gpu(saved_run, tmp_path, monkeypatch, capsys):
+    saved, _ = saved_run
+    monkeypatch.chdir(tmp_path)
+    marks = "<!-- made by python -m benchmarks.cuda -->", "<!-- end of benchmarks.cuda -->"
+    pathlib.Path("README.md").write_text(f"before\n\n{marks[0]}\n\nold\n\n{marks[1]}\n\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cuda", "--from", str(saved)])
+    assert cuda.main() == 0
+    results = {f"benchmarks/results/{name}" for name in ("cuda.md", "cuda.png")}
+    assert {name for name in written_in(tmp_path) if not name.startswith("run/")} == results | {"README.md"}
+    page = (tmp_path / "benchmarks/results/cuda.md").read_text()
+    assert len(page.splitlines()) <= 66
+    assert "target" not in page
+    assert "](cuda.png)" in page
+    # Every call with its case, n = 2 against n = inf, and what the stages said.
+    assert "float32 2.45 (2.00 to 3.00), bfloat16 2.45 (2.00 to 3.00)." in page
+    for name in cuda_page.CALLS.values():
+        assert f"\n| {name} | " in page
+    assert page.count("9 passed in 1.0s") == 10
+    assert "folder" not in page
+    lines = report.marked(pathlib.Path("README.md"), "benchmarks.cuda")
+    assert "| 40 x 40 | float32 | 1.00 ms | 1.00 ms | 1.00 x | 1.00 ms | 1.00 ms | 1.00 x |" in lines
+    assert "ResNet-50, 54 weights" in lines
+    assert "on an a GPU, 20" in lines
+    assert "wrote benchmarks/results/cuda.md" in capsys.readouterr().out
+
+
+def test_a_run_that_has_nothing_to_plot_writes_no_page(saved_run, tmp_path, monkeypatch, capsys):
+    saved, _ = saved_run
+    monkeypatch.chdir(tmp_path)
+    found = json.loads((saved / "cuda.json").read_text())
+    del found["sizes"]
+    (saved / "cuda.json").write_text(json.dumps(found))
+    for folder, said in (
+        (saved, "expected the sections copy and sizes, got copy"),
+        (tmp_path, "cuda.json"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["benchmarks.cuda", "--from", str(folder)])
+        with pytest.raises(SystemExit):
+            cuda.main()
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "benchmarks").exists()
+
+
+def test_the_plot_of_a_gpu_shows_speeds(saved_run):
+    _, sections = saved_run
+    axes = cuda_page.picture(sections).axes
+    assert [axis.get_title() for axis in axes[:2]] == [cuda_report.NORMS, cuda_report.WHOLE]
+    for axis, passes in zip(axes, (1, 4), strict=False):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+        assert list(drawn) == ["lnprune, dim 0", "torch, dim 0", "copy", "lnprune, dim 1", "torch, dim 1"]
+        for label, times in (("lnprune, dim 0", passes), ("torch, dim 1", passes), ("copy", 2)):
+            assert len(drawn[label]) == 9
+            for size, speed in drawn[label]:
+                assert speed == pytest.approx(times * size * 2**20 / 1e-3 * 1e-9)
 
 
 def test_a_wrong_zero_is_a_fault():
