@@ -8,6 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import cuda_report, report
+from benchmarks.cuda_variants import VARIANTS
 from benchmarks.program import Sections
 from benchmarks.report import Row
 from benchmarks.timing import geometric_mean
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 MODULE = "benchmarks.cuda"
 # What `make gpu` leaves in its folder.
-FIGURES, VARIANTS, SUMMARY = "cuda.json", "variants.json", "summary.txt"
+FIGURES, OTHERS, SUMMARY = "cuda.json", "variants.json", "summary.txt"
 # The sections whose cases are calls, and what a call is named there.
 CALLS = {
     "norms": "`channel_norms`",
@@ -42,8 +43,8 @@ def load(folder: pathlib.Path) -> tuple[dict[str, Any], Sections]:
     head = json.loads((folder / FIGURES).read_text())
     names = [name for name in cuda_report.CHAPTERS if name in head]
     sections = {name: report.rows_of_json(head.pop(name)) for name in names}
-    if (folder / VARIANTS).exists():
-        sections["variants"] = report.rows_of_json(json.loads((folder / VARIANTS).read_text())["variants"])
+    if (folder / OTHERS).exists():
+        sections["variants"] = report.rows_of_json(json.loads((folder / OTHERS).read_text())["variants"])
     summary = folder / SUMMARY
     head["summary"] = summary.read_text().splitlines() if summary.exists() else []
     return head, sections
@@ -76,7 +77,10 @@ def call_lines(sections: Sections) -> list[str]:
         "| --- | --- | --- |" + " ---: |" * 8,
     ]
     for section, name in CALLS.items():
-        for dims in _by_dim([row for row in sections.get(section, []) if _is_shown(row)]):
+        rows = [row for row in sections.get(section, []) if _is_shown(row)]
+        if section == "in_place":
+            rows = [row for row in rows if row["bytes"] >= cuda_report.LARGEST_BYTES]
+        for dims in _by_dim(rows):
             row = next(iter(dims.values()))
             cells = [cell for dim in (0, 1) for cell in _cells(dims.get(dim), keys)]
             lines.append(f"| {name} | {row['shape']} | {row['dtype']} | {' | '.join(cells)} |")
@@ -93,10 +97,7 @@ def conversion_lines(sections: Sections) -> list[str]:
             ratios.setdefault(dtype, []).append(seconds / other)
     if not ratios:
         return []
-    means = [
-        f"{dtype} {geometric_mean(some):.2f} ({min(some):.2f} to {max(some):.2f})"
-        for dtype, some in ratios.items()
-    ]
+    means = [f"{dtype} {_mean_and_range(some)}" for dtype, some in ratios.items()]
     return [
         "Sums convert each element to float64, largest magnitudes convert none. Time for n = 2 over that "
         f"for n = inf on the same weight, geometric mean and range: {', '.join(means)}."
@@ -105,8 +106,28 @@ def conversion_lines(sections: Sections) -> list[str]:
 
 def variant_lines(sections: Sections) -> list[str]:
     """Other ways to do the same, against the kernels as they are."""
-    rows = sections.get("variants", [])
-    return ["", *report.table(rows)] if rows else []
+    found: dict[str, list[Row]] = {}
+    for row in sections.get("variants", []):
+        found.setdefault(row["variant"], []).append(row)
+    lines = [
+        "",
+        "| otherwise than it is | cases | time over what it is | wall |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, rows in found.items():
+        title = VARIANTS[name].title if name in VARIANTS else name
+        if faults := [row["fault"] for row in rows if row.get("fault")]:
+            lines.append(f"| {title} | {len(rows)} | {faults[0]} | |")
+            continue
+        cells = [
+            _mean_and_range([row[key] for row in rows]) for key in ("over_lnprune", "wall_over_lnprune")
+        ]
+        lines.append(f"| {title} | {len(rows)} | {' | '.join(cells)} |")
+    return lines if found else []
+
+
+def _mean_and_range(ratios: list[float]) -> str:
+    return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def other_lines(sections: Sections) -> list[str]:
@@ -163,7 +184,6 @@ def markdown(head: dict[str, Any], sections: Sections) -> str:
         *report.fault_lines(sections),
         "",
         "![The speed of norms and of calls over the size of the weight](cuda.png)",
-        "",
         "Half of the channels, n = 2. *Of the copy*: bytes that have to be moved, per second, as a share "
         "of what a copy within the device's memory moves. *Against torch*: torch's time over ours on the "
         "device, and *wall* the same with Python.",

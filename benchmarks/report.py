@@ -121,7 +121,7 @@ def case_row(case: Case, fault: str | None) -> Row:
 
 def case_name(row: Row) -> str:
     if "shape" not in row:
-        return row["call"]
+        return row["variant"] if "variant" in row else row["call"]
     return f"{row['shape']} {row['dtype']} dim {row['dim']} n {row['n']}"
 
 
@@ -214,6 +214,9 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "beyond_outputs": lambda value: f"{value:,} B",
     "correct": lambda value: "yes" if value else "NO",
     "settled": lambda value: "yes" if value else "NO",
+    "time": _time,
+    "over_lnprune": lambda value: f"{value:.3f}",
+    "wall_over_lnprune": lambda value: f"{value:.3f}",
 }
 TITLES = {
     "lnprune": "lnprune",
@@ -261,6 +264,9 @@ TITLES = {
     "megabytes": "MB of sums",
     "gather": "gather one",
     "bytes_per_channel": "bytes per channel",
+    "time": "variant",
+    "over_lnprune": "variant / lnprune",
+    "wall_over_lnprune": "wall",
 }
 HIDDEN = {"bytes", "fault", "settled", "state"}
 
@@ -271,7 +277,9 @@ def show(row: Row) -> None:
     figures = "  ".join(f"{TITLES.get(key, key)} {cell(key, row)}" for key in keys)
     names = [f"{row['shape']:>18}", f"{row['dtype']:>8}"] if "dtype" in row else []
     names += [
-        str(row[key]) for key in ("call", "model", "selection", "channels", "normalize") if key in row
+        str(row[key])
+        for key in ("variant", "call", "model", "selection", "channels", "normalize")
+        if key in row
     ]
     names += [f"{key} {row[key]:>{width}}" for key, width in (("dim", 1), ("n", 4)) if key in row]
     print(

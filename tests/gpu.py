@@ -8,6 +8,7 @@ history, LNPRUNE_COMMIT says which commit they are.
     make gpu                                                what a first look needs: FIRST_CALL
     make gpu STAGES="build tests"                           these stages
     make gpu STAGES="build benchmarks" BEFORE=other/folder  also the sources there, of another commit
+    make gpu STAGES="build variants"                        other ways to do the same, timed beside it
     make gpu STAGES="build profile" SECTIONS=norms          what a section of the benchmarks does
 """
 
@@ -45,6 +46,7 @@ LIMITS = {
     # Not part of the first call.
     "synccheck": 35,
     "initcheck": 35,
+    "variants": 150,
     "drop-in": 100,
     "models": 100,
     "profile": 60,
@@ -53,14 +55,14 @@ FIRST_CALL = ("build", "short-list", "tests", "benchmarks", "memcheck", "raceche
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Of the sources here, and of those of another commit.
 LOG, OTHER_LOG = "log.txt", "before.txt"
+RESULTS = ("cuda.json", "cuda_cases.md")
 OUTPUTS = (
     LOG,
     OTHER_LOG,
     "summary.txt",
-    "cuda_cases.md",
-    "cuda.json",
-    "before/cuda_cases.md",
-    "before/cuda.json",
+    *RESULTS,
+    "variants.json",
+    *(f"before/{name}" for name in RESULTS),
 )
 # Files that run on every device; the cases of other devices are left out.
 TEST_FILES = {
@@ -182,6 +184,9 @@ def plan(
             groups.append([Stage(name, limit, build, jobs)])
             if before is not None:
                 groups[-1].append(Stage("build before", limit, build, jobs, before, OTHER_LOG))
+        elif name == "variants":
+            command = python("-m", "benchmarks.cuda_variants", "--out", folder)
+            groups.append([Stage(name, limit, [command], {"TORCH_CUDA_ARCH_LIST": architecture})])
         elif name in TEST_FILES:
             tests, left_out = stage_of_tests(name, cores)
             groups.append([tests])

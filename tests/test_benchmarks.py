@@ -22,6 +22,7 @@ from benchmarks import (
     cuda,
     cuda_page,
     cuda_report,
+    cuda_variants,
     lists,
     models,
     peers,
@@ -262,6 +263,11 @@ def saved_run(machine, small_cases, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     cuda_report.write(folder, machine, sections, {}, 60.0)
+    ratios = {"over_lnprune": 0.9, "wall_over_lnprune": 1.1}
+    variants = [{"variant": name, **made_up((8, 8)), **ratios} for name in cuda_variants.VARIANTS]
+    variants[2] |= {"over_lnprune": 0.8} | {"variant": variants[1]["variant"]}
+    variants[3] = {"variant": variants[3]["variant"], "fault": "not built: no luck"}
+    report.save_json(folder / "variants.json", {}, [], {"variants": variants})
     (folder / "summary.txt").write_text(
         "a note with a folder\nstage  said\n" + 10 * "tests  9 passed in 1.0s\n"
     )
@@ -287,6 +293,10 @@ def test_the_page_of_a_run_on_a_gpu(saved_run, tmp_path, monkeypatch, capsys):
         assert f"\n| {name} | " in page
     assert page.count("9 passed in 1.0s") == 10
     assert "folder" not in page
+    titles = [variant.title for variant in cuda_variants.VARIANTS.values()]
+    assert f"\n| {titles[0]} | 1 | 0.90 (0.90 to 0.90) | 1.10 (1.10 to 1.10) |\n" in page
+    assert f"\n| {titles[1]} | 2 | 0.85 (0.80 to 0.90) | 1.10 (1.10 to 1.10) |\n" in page
+    assert f"\n| {titles[3]} | 1 | not built: no luck | |\n" in page
     lines = report.marked(pathlib.Path("README.md"), "benchmarks.cuda")
     assert "| 40 x 40 | float32 | 1.00 ms | 1.00 ms | 1.00 x | 1.00 ms | 1.00 ms | 1.00 x |" in lines
     assert "ResNet-50, 54 weights" in lines
@@ -309,6 +319,72 @@ def test_a_run_that_has_nothing_to_plot_writes_no_page(saved_run, tmp_path, monk
             cuda.main()
         assert said in capsys.readouterr().err
     assert not (tmp_path / "benchmarks").exists()
+
+
+@pytest.mark.parametrize("name", list(cuda_variants.VARIANTS))
+def test_a_variant_replaces_texts_that_are_there(name, monkeypatch):
+    variant = cuda_variants.VARIANTS[name]
+    found = cuda_variants.sources(name)
+    for file, text, replacement in variant.texts:
+        assert text not in found[file]
+        assert replacement in found[file]
+        kernels = cuda_variants.KERNELS
+        # A header is part of something that is compiled.
+        assert file in (*variant.compiled, cuda_variants.OPS) or file.endswith(".h")
+        assert all((kernels / each).exists() for each in variant.compiled)
+    assert (
+        f"STABLE_TORCH_LIBRARY_IMPL({cuda_variants.namespace(name)}, CUDA, library)"
+        in found["ops_cuda.cpp"]
+    )
+    lost = variant._replace(texts=(("launches.h", "no such text", ""),))
+    monkeypatch.setitem(cuda_variants.VARIANTS, name, lost)
+    with pytest.raises(ValueError, match=r"expected once in launches\.h, found 0 times: no such text"):
+        cuda_variants.sources(name)
+
+
+def test_variants_are_checked_and_timed(monkeypatch):
+    monkeypatch.setattr(cuda_variants, "DEVICE", "cpu")
+    for name, variant in cuda_variants.VARIANTS.items():
+        timed = tuple(
+            each._replace(cases=[case._replace(shape=(12, 10)) for case in each.cases[:3]])
+            for each in variant.timed
+        )
+        monkeypatch.setitem(cuda_variants.VARIANTS, name, variant._replace(timed=timed))
+    ours, gpu = torch.ops.lnprune, OnTheCpu()
+    for name in cuda_variants.VARIANTS:
+        rows = list(cuda_variants.rows_of(name, ours, ours, gpu))
+        assert [row["correct"] for row in rows] == [True] * len(cuda_variants.VARIANTS[name].timed)
+        for row in rows:
+            report.show(row)
+
+    class Wrong:
+        @staticmethod
+        def channel_norms(weights, dims, p):
+            return [norms * (1 + 1e-11) for norms in ours.channel_norms(weights, dims, p)]
+
+        @staticmethod
+        def prune_channels(weights, *others):
+            masks, masked = ours.prune_channels(weights, *others)
+            return masks, [masked[0].neg(), *masked[1:]]
+
+    rows = list(cuda_variants.rows_of("one_fence", ours, Wrong, gpu))
+    assert [row["correct"] for row in rows] == [False] * 4
+    assert [row["fault"] for row in rows] == [*3 * ["norms differ by 1.0e-11"], "tensor 3 differs"]
+
+
+def test_a_variant_that_is_not_built_is_said(monkeypatch, capsys):
+    rows = list(cuda_variants.measure(["one_fence"], {"one_fence": "ninja:\nno luck"}, OnTheCpu()))
+    assert rows == [{"variant": "one_fence", "fault": "not built: ninja: no luck"}]
+    report.show(rows[0])
+    assert "one_fence" in capsys.readouterr().out
+    for arguments, said in (
+        (["nothing"], "no such variant: nothing; there are one_fence, "),
+        ([], "no CUDA device"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["cuda_variants", *arguments])
+        with pytest.raises(SystemExit):
+            cuda_variants.main()
+        assert said in capsys.readouterr().err
 
 
 def test_the_plot_of_a_gpu_shows_speeds(saved_run):
