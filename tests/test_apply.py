@@ -393,7 +393,7 @@ def test_a_backup_keeps_every_bit(device, dtype, masked):
     """NaN payloads, -0.0, whatever the memory holds."""
     for layout in ("contiguous", "transposed", "rows_apart"):
         for dim in (0, 1):
-            weight = cases.LAYOUTS[layout](torch.randn(8, 6).to(dtype)).to(device)
+            weight = cases.LAYOUTS[layout](torch.randn(8, 6, device=device).to(dtype))
             with torch.no_grad():
                 weight.copy_(random_bits((8, 6), dtype, device))
             model = nn.ModuleList([bare(weight, requires_grad=False)])

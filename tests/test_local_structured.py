@@ -482,7 +482,7 @@ def test_random_models(device, data):
         torch.manual_seed(seed)
         return bare_model(
             *(
-                cases.LAYOUTS[layout](cases.random_values(tuple(shape), dtype)).to(device)
+                cases.LAYOUTS[layout](cases.random_values(tuple(shape), dtype, device))
                 for shape, (dtype, layout) in zip(shapes, kinds, strict=True)
             )
         )
@@ -626,7 +626,7 @@ def test_permanent_of_mixed_layouts(device):
     def make_of(layouts):
         return lambda: bare_model(
             *(
-                cases.LAYOUTS[name](cases.random_values((6, 8, 3, 3), torch.float32)).to(device)
+                cases.LAYOUTS[name](cases.random_values((6, 8, 3, 3), torch.float32, device))
                 for name in layouts
             )
         )

@@ -234,10 +234,19 @@ ERRORS = {
 }
 
 
+def moved(tensor, device):
+    """On a device with its strides. On its way to another one ``to`` closes gaps."""
+    storage = tensor.untyped_storage().to(device=torch.device(device))
+    there = torch.empty(0, dtype=tensor.dtype, device=device)
+    return there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_say_what_was_expected_and_what_arrived(case, device):
     name, arguments, message = ERRORS[case]
-    arguments = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments)
+    arguments = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda tensor: moved(tensor, device), arguments
+    )
     with pytest.raises(RuntimeError, match=f"lnprune: expected .*{message}"):
         getattr(ops, name)(*arguments)
 

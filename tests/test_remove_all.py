@@ -263,8 +263,8 @@ def test_layouts(device, layout):
     """Weights keep memory and strides, but where elements share memory: those get new, as by torch."""
 
     def make():
-        weights = [cases.LAYOUTS[layout](cases.random_values(shape, torch.float32)) for shape in shapes]
-        model = nn.ModuleList([bare(weight.to(device)) for weight in weights])
+        values = [cases.random_values(shape, torch.float32, device) for shape in shapes]
+        model = nn.ModuleList([bare(cases.LAYOUTS[layout](each)) for each in values])
         for module in model:
             lnprune.ln_structured(module, "weight", 0.4, 2, 1)
         return model
