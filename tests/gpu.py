@@ -6,9 +6,9 @@ print and find is written as it comes, into the folder that is named. Where the 
 history, LNPRUNE_COMMIT says which commit they are.
 
     make gpu                                                what a first look needs: FIRST_CALL
+    make gpu STAGES="build synccheck initcheck variants"    what a second one adds
     make gpu STAGES="build tests"                           these stages
     make gpu STAGES="build benchmarks" BEFORE=other/folder  also the sources there, of another commit
-    make gpu STAGES="build variants"                        other ways to do the same, timed beside it
     make gpu STAGES="build profile" SECTIONS=norms          what a section of the benchmarks does
 """
 
