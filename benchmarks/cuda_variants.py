@@ -213,7 +213,7 @@ def build(name: str) -> None:
     folder = library(name).parent
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
-        (folder / file).write_text(text)
+        report.save_text(folder / file, text)
     compiled = [str(folder / file) for file in texts if not file.endswith(".h")]
     objects = [str(file) for file in sorted(built[-1].glob("*.o")) if not is_compiled(file, texts)]
     cpp_extension.load(
